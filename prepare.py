@@ -4,7 +4,7 @@ train.py is written by a machine that is rewarded for a low number, so everythin
 on the other side of a process boundary:
 
   python prepare.py [--task NAME]               fetch the text, train the tokenizer, pack the rows (once)
-  python prepare.py trial TRAIN_PY --out DIR    run one experiment under sandbox and clock, score it, write DIR/result.json
+  python prepare.py trial TRAIN_PY --out DIR    one experiment under sandbox and clock; writes DIR/result.json
 
 The file reads in the order of the story: the task, its text, the rows, what train.py may call, the sealed model, the
 sandbox, the trial, the exam. train.py uses four names of it: TASK, SEED, machine_flops and begin.
@@ -72,7 +72,7 @@ class Task:
     @property
     def grace(self):
         """Seconds by which a submission may be late."""
-        return 1.0 + 0.01 * self.time_budget
+        return 2.0 + 0.01 * self.time_budget
 
     @property
     def startup_limit(self):
@@ -106,12 +106,12 @@ def get_task(name=None, budget=None):
 
 
 def _setting():
-    """Task and seed of this process: told by the proctor in a trial, by the environment when started by hand."""
-    told = json.loads(os.environ.get("AUTORESEARCH_TRIAL", "{}"))
+    """(told, task, seed) of this process: from the proctor in a trial, from the environment when started by hand."""
+    if told := json.loads(os.environ.get("AUTORESEARCH_TRIAL", "{}")):
+        return told, Task(**told["task"]), told["seed"]
     try:
-        budget = told.get("budget") or float(os.environ.get("AUTORESEARCH_BUDGET") or "nan")
-        seed = told.get("seed", int(os.environ.get("AUTORESEARCH_SEED") or 0))
-        return told, get_task(told.get("task"), None if math.isnan(budget) else budget), seed
+        budget = os.environ.get("AUTORESEARCH_BUDGET")
+        return {}, get_task(None, float(budget) if budget else None), int(os.environ.get("AUTORESEARCH_SEED") or 0)
     except (Trouble, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -144,6 +144,11 @@ def python_files():
             parts = path.relative_to(root).parts[:-1]
             if "site-packages" not in parts and path.is_file():
                 yield path, "test" in parts or "tests" in parts
+
+
+def hidden_folders():
+    """The folders of pycode's hidden files."""
+    return sorted({str(path.parent) for path, hidden in python_files() if hidden})
 
 
 def pycode_documents():
@@ -342,9 +347,7 @@ def build(task, documents, folder):
         "tokenizer_sha256": sha256(folder / "tokenizer.txt"),
         "train_sha256": sha256(folder / "train.bin"),
         "val_sha256": sha256(folder / "val.bin"),
-        "hidden_folders": sorted({str(path.parent) for path, hidden in python_files() if hidden})
-        if task.dataset == "pycode"
-        else [],
+        "hidden_folders": hidden_folders() if task.dataset == "pycode" else [],
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     seconds = time.monotonic() - started
@@ -791,7 +794,7 @@ class Run:
             yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def log(self, **values):
-        """Report numbers (step=, loss=, ...) for display and curves. Costs microseconds; may drop reports under load."""
+        """Report numbers (step=, loss=, ...) for display and curves. Cheap; reports may be dropped under load."""
         self._steps = int(values.get("step", self._steps))
         if self._channel:
             values = {name: float(value) for name, value in values.items()}
@@ -1124,7 +1127,7 @@ def trial(train_py, out, task, seed, sandbox=True):
     examiner = start_examiner(None if level == "none" else sandbox_rules([out, folder, __file__], [], []))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     output, child_output = os.pipe()
-    told = {"task": task.name, "budget": task.time_budget, "seed": seed, "flops": flops, "fd": theirs.fileno()}
+    told = {"task": dataclasses.asdict(task), "seed": seed, "flops": flops, "fd": theirs.fileno()}
     environment = {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)} | {
         "AUTORESEARCH_TRIAL": json.dumps(told),
         "HOME": str(room),
@@ -1223,7 +1226,7 @@ def start_examiner(rules):
 
 def finish_examiner(examiner, path, task, folder):
     """Have the examiner score the submission at `path`; returns outcome, reason, val_bpb and eval_seconds."""
-    request = {"path": str(path), "task": task.name, "budget": task.time_budget, "folder": str(folder)}
+    request = {"path": str(path), "task": dataclasses.asdict(task), "folder": str(folder)}
     try:
         answer, errors = examiner.communicate(json.dumps(request) + "\n", timeout=task.exam_limit)
         return json.loads(answer)
@@ -1242,7 +1245,7 @@ def exam():
     request = json.loads(sys.stdin.readline() or "null")
     if request:
         try:
-            answer = examine(request["path"], get_task(request["task"], request["budget"]), Path(request["folder"]))
+            answer = examine(request["path"], Task(**request["task"]), Path(request["folder"]))
         except Refused as refusal:
             answer = {"outcome": "invalid", "reason": str(refusal)}
         print(json.dumps(answer))

@@ -1,0 +1,331 @@
+"""train.py: what the baseline promises, checked against formulas written out here rather than stored numbers."""
+
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train  # noqa: E402
+
+T, V = 64, 128
+
+
+@pytest.fixture(autouse=True)
+def small_task(monkeypatch):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # these tensors are too small to share, least of all on a busy machine
+    monkeypatch.setattr(train, "TASK", types.SimpleNamespace(seq_len=T, vocab_size=V, time_budget=1.0))
+
+
+def small_model(depth=3, seed_weights=True):
+    """A model whose every weight matters: projections that start at zero are given values."""
+    model = train.GPT(V, T, depth, 64, 32)
+    if seed_weights:
+        for p in model.parameters():
+            if p.ndim == 2 and not p.any():
+                torch.nn.init.normal_(p, std=0.1)
+        torch.nn.init.normal_(model.head.weight, std=0.1)
+    return model
+
+
+class FakeRun:
+    """The exam board's side of a run, over one fixed batch; the clock advances by a step at every look."""
+
+    def __init__(self, steps):
+        self.steps, self.looks, self.logged, self.submitted = steps, 0, [], None
+
+    def batches(self, rows):
+        text = torch.randint(V, (rows, T + 1), generator=torch.Generator().manual_seed(1))
+        while True:
+            yield text[:, :-1], text[:, 1:]
+
+    def log(self, **values):
+        self.logged.append(values)
+
+    @property
+    def progress(self):
+        self.looks += 1
+        return self.looks / self.steps
+
+    def submit(self, model):
+        self.submitted = model
+
+
+# The model
+
+
+@pytest.mark.parametrize("length, window", [(64, 8), (64, 32), (96, 32), (64, 64), (64, 100), (32, 1)])
+def test_windowed_attention_equals_attention_under_a_banded_mask(length, window):
+    q, k, v = torch.randn(3, 2, 3, length, 16).unbind()
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    band = (j <= i) & (j > i - window)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
+    torch.testing.assert_close(train.attend(q, k, v, window), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_window_that_does_not_divide_the_sequence_is_refused_in_words():
+    q = torch.randn(1, 1, 10, 8)
+    with pytest.raises(ValueError, match="divide the sequence"):
+        train.attend(q, q, q, 4)
+
+
+def test_rotary_scores_depend_only_on_the_distance_between_positions():
+    cos, sin = (table.float() for table in train.rotary_tables(16, 32))
+    q, k = (train.rotate(torch.randn(32).expand(1, 16, 1, 1, 32), cos, sin)[0, :, 0, 0] for _ in range(2))
+    scores = q @ k.T
+    for distance in range(1, 15):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=0.15, rtol=0)
+    torch.testing.assert_close(q.norm(dim=1), q.norm(dim=1)[:1].expand(16), atol=0.03, rtol=0)
+
+
+def test_logits_never_depend_on_later_tokens():
+    model = small_model()
+    before = torch.randint(V, (2, T))
+    for cut in (1, 9, 40, T - 1):
+        after = torch.cat([before[:, :cut], torch.randint(V, (2, T - cut))], 1)
+        with torch.no_grad():
+            assert torch.equal(model(before)[:, :cut], model(after)[:, :cut])
+
+
+def test_every_token_of_the_past_reaches_the_last_logits():
+    model = small_model()
+    tokens = torch.randint(V, (1, T))
+    for position in (0, T // 2, T - 1):
+        changed = tokens.clone()
+        changed[0, position] = (changed[0, position] + 1) % V
+        with torch.no_grad():
+            assert not torch.equal(model(tokens)[0, -1], model(changed)[0, -1])
+
+
+def test_logits_are_the_tanh_soft_cap_up_to_a_constant():
+    model = small_model()
+    torch.nn.init.normal_(model.head.weight, std=3.0)
+    tokens = torch.randint(V, (1, T))
+    raw = []
+    model.head.register_forward_hook(lambda module, args, output: raw.append(output.float()))
+    logits = model(tokens)
+    expected = train.SOFT_CAP * torch.tanh(raw[0] / 2)
+    torch.testing.assert_close(logits - train.SOFT_CAP, expected, atol=1e-4, rtol=0)
+    assert logits.dtype == torch.float32 and logits.shape == (1, T, V)
+
+
+def test_the_last_layer_sees_everything_and_has_value_embeddings():
+    for depth in (1, 2, 5, 9):
+        model = train.GPT(V, T, depth, 64, 32)
+        assert model.windows[-1] == T
+        has_table = [table is not None for table in model.value_embeds]
+        assert has_table[::-1] == [i % 2 == 0 for i in range(depth)]
+    assert train.GPT(V, T, 9, 64, 32).windows == [8, 8, 8, 8, T, 8, 8, 8, T]
+
+
+def test_layers_start_as_the_identity_and_gates_in_the_middle():
+    model = small_model(seed_weights=False)
+    for block in model.blocks:
+        assert not block.attention.out.weight.any() and not block.down.weight.any()
+        assert block.attention.gate is None or not block.attention.gate.weight.any()
+
+
+def test_the_forward_exports_to_functional_operators_only():
+    model = small_model()
+    program = torch.export.export(model, (torch.zeros(2, T, dtype=torch.int64),), strict=False).run_decompositions({})
+    signature = program.graph_signature
+    assert not signature.buffers_to_mutate and len(signature.user_outputs) == 1
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls and all(str(op).startswith("aten.") and not op._schema.is_mutable for op in calls)
+    tokens = torch.randint(V, (2, T))
+    torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+
+# Sizes and schedules
+
+
+def test_the_sizing_rule_finds_the_known_best_sizes(monkeypatch):
+    def size(flops, seconds, seq_len):
+        monkeypatch.setattr(train.TASK, "seq_len", seq_len)
+        return train.size_for(flops * train.EXPECTED_MFU * seconds)
+
+    assert size(800e12, 300, 2048) == (9, 640, 128, 2**18)
+    depth, dim, _, batch = size(7.7e11, 60, 256)
+    assert (depth, dim, batch) == (2, 128, 2**11)
+
+
+def test_more_compute_never_means_a_smaller_model_or_batch():
+    sizes = [train.size_for(10.0**e) for e in range(8, 22)]
+    assert all(a[0] <= b[0] and a[3] <= b[3] for a, b in zip(sizes, sizes[1:]))
+    for depth, dim, head_dim, batch in sizes:
+        assert depth >= 1 and dim % head_dim == 0 and head_dim >= 32
+        assert batch % T == 0 and batch & (batch - 1) == 0
+
+
+def test_learning_rate_is_constant_then_falls_linearly_to_its_floor():
+    start = 1 - train.COOLDOWN
+    assert train.lr_at(0) == train.lr_at(start) == 1
+    assert train.lr_at(1) == train.lr_at(1.5) == pytest.approx(train.FINAL_LR)
+    assert train.lr_at((start + 1) / 2) == pytest.approx((1 + train.FINAL_LR) / 2)
+
+
+def test_momentum_rises_and_weight_decay_falls_to_zero():
+    assert train.momentum_at(0) == train.MOMENTUM_START
+    middle = (train.MOMENTUM_START + train.MOMENTUM_END) / 2
+    assert train.momentum_at(train.MOMENTUM_STEPS / 2) == pytest.approx(middle)
+    assert train.momentum_at(10**6) == pytest.approx(train.MOMENTUM_END)
+    assert train.decay_at(0) == train.MATRIX_DECAY and train.decay_at(1) == train.decay_at(1.1) == 0
+
+
+# The optimisers
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 128, 32), (2, 32, 128)])
+def test_polar_express_brings_singular_values_near_one(shape):
+    x = torch.randn(shape)
+    values = torch.linalg.svdvals(train.polar_express(x).float())
+    # A square Gaussian matrix has singular values down to nearly zero, which five steps cannot lift all the way.
+    assert values.max() < 1.25 and values.quantile(0.1) > 0.7
+    if shape[1] != shape[2]:
+        assert values.min() > 0.8
+
+
+def test_polar_express_keeps_singular_vectors():
+    x = torch.randn(1, 96, 32)
+    u, _, vh = torch.linalg.svd(x[0], full_matrices=False)
+    result = train.polar_express(x)[0].float()
+    assert F.cosine_similarity(result.flatten(), (u @ vh).flatten(), dim=0) > 0.99
+
+
+def reference_muon(weight, grads, lrs, momenta, decays):
+    """Muon for one matrix, written from the papers, for several steps; returns the weight after each."""
+    rows, cols = weight.shape
+    first, second, history = torch.zeros_like(weight), 0.0, []
+    for grad, lr, mu, decay in zip(grads, lrs, momenta, decays):
+        first = mu * first + (1 - mu) * grad
+        x = ((1 - mu) * grad + mu * first).bfloat16()
+        x = x / (x.norm() * 1.02 + 1e-6)
+        for a, b, c in train.POLAR_EXPRESS:
+            s = x.T @ x if rows > cols else x @ x.T
+            p = b * s + c * s @ s
+            x = a * x + (x @ p if rows > cols else p @ x)
+        o = x.float()
+        power = (o * o).mean(1 if rows >= cols else 0, keepdim=True)
+        second = train.MUON_BETA2 * second + (1 - train.MUON_BETA2) * power
+        scaled = o / second.sqrt()
+        o = scaled * o.norm() / scaled.norm()
+        shrink = torch.where(o * weight >= 0, decay * weight, torch.zeros_like(weight))
+        weight = weight - lr * max(1, rows / cols) ** 0.5 * (o + shrink)
+        history.append(weight)
+    return history
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64)])
+def test_the_stacked_muon_update_equals_one_matrix_at_a_time(shape):
+    weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    start = [w.detach().clone() for w in weights]
+    grads = torch.randn(4, 3, *shape)
+    lrs, momenta, decays = [0.04, 0.03, 0.02, 0.01], [0.85, 0.86, 0.9, 0.95], [0.2, 0.1, 0.05, 0.0]
+    muon = train.Muon(weights)
+    for step in range(4):
+        for weight, grad in zip(weights, grads[step]):
+            weight.grad = grad.clone()
+        muon.step(lrs[step], momenta[step], decays[step])
+    for n in range(3):
+        expected = reference_muon(start[n], grads[:, n], lrs, momenta, decays)[-1]
+        moved = (expected - start[n]).norm()
+        assert (weights[n] - expected).norm() < 0.02 * moved
+
+
+def test_every_parameter_belongs_to_exactly_one_optimiser():
+    model = small_model()
+    adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+    held = [id(p) for group in adamw.param_groups for p in group["params"]]
+    held += [id(p) for group, _, _ in muon.groups for p in group]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+# The loop
+
+
+def start_training(run, distort=lambda loss: loss):
+    model = small_model(2, seed_weights=False)
+    plain_loss = train.make_loss(model, compiled=False)
+
+    def loss_of(x, y):
+        return distort(plain_loss(x, y))
+
+    adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+    return train.train(run, model, loss_of, adamw, muon, rows=2, passes=2, peak_flops=1e12)
+
+
+def test_the_loss_falls_when_a_tiny_batch_is_learned_by_heart(capsys):
+    run = FakeRun(60)
+    steps, tokens, mfu = start_training(run)
+    assert (steps, tokens) == (60, 60 * 2 * 2 * T) and mfu > 0
+    assert run.logged[-1]["loss"] < 1.0 < 4.0 < math.log(V)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and "step 00060" in lines[-1] and "100.0%" in lines[-1]
+
+
+@pytest.mark.parametrize("factor, shown", [(math.nan, "nan"), (math.inf, "inf"), (1e6, "")])
+def test_a_diverged_loss_ends_the_program_with_status_one_and_a_sentence(factor, shown):
+    with pytest.raises(SystemExit) as stop:
+        start_training(FakeRun(30), lambda loss: loss * 0 + factor)
+    # Given a string, the interpreter prints it to stderr and exits with status 1.
+    assert f"training diverged: the loss is {shown}" in stop.value.code and "at step 10" in stop.value.code
+
+
+def test_training_is_the_same_twice_under_one_seed():
+    def weights():
+        torch.manual_seed(7)
+        run = FakeRun(5)
+        model = small_model(2, seed_weights=False)
+        adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+        train.train(run, model, train.make_loss(model, False), adamw, muon, 2, 1, 1e12)
+        return model.state_dict()
+
+    first, second = weights(), weights()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_warm_up_leaves_no_trace_in_the_model():
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = train.warm_up(model, train.make_loss(model, compiled=False), 2, torch.device("cpu"))
+    assert rows == 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_running_out_of_memory_in_warm_up_halves_the_rows_until_they_fit():
+    model = small_model()
+    loss_of = train.make_loss(model, compiled=False)
+    tried = []
+
+    def hungry(x, y):
+        tried.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return loss_of(x, y)
+
+    assert train.warm_up(model, hungry, 8, torch.device("cpu")) == 2
+    assert tried == [8, 4, 2, 2]
+
+    def insatiable(x, y):
+        raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(SystemExit, match="out of memory"):
+        train.warm_up(model, insatiable, 4, torch.device("cpu"))
+
+
+def test_main_trains_and_submits_the_plain_model(monkeypatch, capsys):
+    run = FakeRun(12)
+    monkeypatch.setattr(train, "begin", lambda model: setattr(run, "begun", model) or run)
+    monkeypatch.setattr(train, "machine_flops", lambda: 1e11)
+    monkeypatch.setattr(train.gc, "disable", lambda: None)
+    train.main()
+    assert isinstance(run.begun, train.GPT) and run.submitted is run.begun
+    assert "done: 12 steps" in capsys.readouterr().out

@@ -1,0 +1,178 @@
+"""The trial: every way a candidate can end, as the proctor reports it, and nothing of it left behind."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, TINY
+
+import prepare
+
+
+def processes_in(folder):
+    """Processes whose working directory is below `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd().startswith(str(folder)) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+class Impatient(prepare.Task):
+    startup_limit = property(lambda self: 5.0)
+    grace = property(lambda self: 1.0)
+
+
+def test_an_honest_candidate_is_scored_and_its_evidence_written(hold, tmp_path):
+    result = hold()
+    assert result["outcome"] == "ok", result
+    assert 0 < result["val_bpb"] < 8
+    assert TINY.time_budget - 1 < result["training_seconds"] <= TINY.time_budget + TINY.grace
+    assert result["steps"] > 0 and result["tokens"] % TINY.seq_len == 0
+    assert result == json.loads((tmp_path / "out" / "result.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert set(os.listdir(tmp_path / "out")) == {"result.json", "log.txt", "metrics.jsonl", "model.safetensors"}
+    assert set(result["sha256"]) == {"train.py", "prepare.py", "tokenizer", "val"}
+
+
+def test_the_candidate_is_given_the_seed_of_the_trial(hold, tmp_path):
+    hold(seed=7, before="print('seed', SEED)")
+    assert "seed 7" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_crash_is_reported_with_the_last_line_of_its_traceback(hold, tmp_path):
+    result = hold(each_step="raise ValueError('no such luck')")
+    assert result["outcome"] == "crash" and "ValueError: no such luck" in result["reason"]
+    assert not processes_in(tmp_path)
+
+
+def test_a_segmentation_fault_is_a_crash_that_names_the_signal(hold):
+    result = hold(each_step="os.kill(os.getpid(), 11)")
+    assert result["outcome"] == "crash" and "SIGSEGV" in result["reason"]
+
+
+def test_an_exit_without_submission_is_a_crash(hold):
+    result = hold(after="sys.exit(0)")
+    assert result["outcome"] == "crash" and "without submit()" in result["reason"]
+
+
+def test_a_candidate_that_hangs_before_begin_is_stopped_at_the_startup_limit(hold, tmp_path):
+    result = hold(task=Impatient(**dataclasses.asdict(TINY)), before="time.sleep(1000)")
+    assert result["outcome"] == "timeout" and "before begin()" in result["reason"]
+    assert result["training_seconds"] == 0.0
+    assert not processes_in(tmp_path)
+
+
+def test_a_candidate_that_trains_past_its_budget_and_ignores_signals_is_stopped(hold, tmp_path):
+    result = hold(
+        before="import signal; [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]",
+        after="while True: time.sleep(0.01)",
+    )
+    assert result["outcome"] == "timeout" and "between begin() and submit()" in result["reason"]
+    assert result["training_seconds"] < TINY.time_budget + TINY.grace + 1
+    assert not processes_in(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_invalid(hold):
+    result = hold(after="model.head.weight.data.fill_(float('nan'))")
+    assert result["outcome"] == "invalid" and "not finite" in result["reason"]
+
+
+def test_logits_of_the_wrong_shape_are_refused_before_the_clock_starts(hold):
+    result = hold(forward="return self.head(x)[:, :-1]")
+    assert result["outcome"] == "invalid" and "not floating point" in result["reason"]
+    assert result["training_seconds"] == 0.0
+
+
+def test_a_forward_that_depends_on_its_data_is_refused_in_words(hold):
+    result = hold(forward="if tokens.sum() > 0: x = x + 1")
+    assert result["outcome"] == "invalid" and "torch.export cannot capture" in result["reason"]
+
+
+def test_a_forward_with_dropout_is_sealed_without_it_and_in_place_arithmetic_is_fine(hold):
+    result = hold(forward="x = F.dropout(x, 0.1, self.training)\nx += 1\nx.mul_(0.5)")
+    assert result["outcome"] == "ok", result
+
+
+def test_the_log_keeps_the_head_and_the_tail_of_a_talkative_candidate(hold, tmp_path):
+    hold(before="print('first'); [print('x' * 1000) for _ in range(5000)]", after="print('last')")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert len(log) < 1.1 * prepare.LOG_LIMIT and log.startswith("first") and log.rstrip().endswith("last")
+    assert "bytes left out" in log
+
+
+def test_the_same_seed_gives_the_same_score_by_hand_and_in_a_trial(tmp_path, run):
+    """With the number of steps fixed, nothing is left that could differ."""
+    train_py = tmp_path / "train.py"
+    source = (ROOT / "tests" / "quick_train.py").read_text()
+    train_py.write_text(source.replace("if run.progress >= 1:", "if step == 20:"))
+    environment = os.environ | {"AUTORESEARCH_BUDGET": "30", "AUTORESEARCH_SEED": "3", "PYTHONPATH": str(ROOT)}
+    by_hand = run(sys.executable, train_py, cwd=tmp_path, env=environment)
+    command = [sys.executable, ROOT / "prepare.py", "trial", train_py, "--out", tmp_path / "out"]
+    proctored = run(*command, "--budget", "30", "--seed", "3")
+    scores = [line for said in (by_hand, proctored) for line in said.stdout.splitlines() if line.startswith("val_bpb:")]
+    assert len(scores) == 2 and scores[0] == scores[1], (by_hand, proctored)
+
+
+def test_interrupting_a_trial_ends_all_its_processes_and_leaves_no_result(tmp_path, candidate):
+    command = [sys.executable, str(ROOT / "prepare.py"), "trial", str(candidate()), "--out", str(tmp_path / "out")]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        trial = subprocess.Popen([*command, "--budget", "60"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.05)
+        trial.send_signal(number)
+        assert trial.wait(20) == code
+        assert b"Traceback" not in trial.stderr.read()
+        assert not processes_in(tmp_path) and not (tmp_path / "out" / "result.json").exists()
+        metrics.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: os.truncate(folder / "train.bin", 1000), "train.bin is truncated"),
+        (lambda folder: (folder / "tokenizer.txt").write_text("YQ==\n"), "tokenizer.txt has changed"),
+        (
+            lambda folder: (folder / "val.bin").write_bytes(bytes((folder / "val.bin").stat().st_size)),
+            "val.bin has changed",
+        ),
+        (lambda folder: (folder / "val.bin").unlink(), "missing"),
+        (lambda folder: (folder / "meta.json").unlink(), "run: python prepare.py"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "cannot be read"),
+    ],
+)
+def test_damaged_data_is_named_in_one_sentence_and_nothing_is_started(damage, message, tmp_path, cache, candidate, run):
+    copy = tmp_path / "cache"
+    subprocess.run(["cp", "-r", str(cache), str(copy)], check=True)
+    damage(copy / "pycode")
+    command = [sys.executable, ROOT / "prepare.py", "trial", candidate(), "--out", tmp_path / "out"]
+    said = run(*command, env=os.environ | {"AUTORESEARCH_CACHE": str(copy)})
+    assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1, said.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments_get_one_sentence_and_exit_code_2(tmp_path, candidate, run):
+    command = [sys.executable, ROOT / "prepare.py"]
+    for arguments, message in (
+        (["--task", "chess"], "there is no task 'chess'"),
+        (["trial", tmp_path / "nothing.py", "--out", tmp_path / "out"], "No such file"),
+        (["trial", candidate(), "--out", "/proc/nowhere"], "cannot set up the trial"),
+        (["trial", candidate(), "--out", tmp_path / "out", "--budget", "-3"], "makes no sense"),
+    ):
+        said = run(*command, *arguments)
+        assert said.returncode == 2 and message in said.stderr and "Traceback" not in said.stderr, said.stderr
+    said = run(*command, env=os.environ | {"AUTORESEARCH_TASK": "chess"})
+    assert said.returncode == 2 and "there is no task" in said.stderr
+    said = run(*command, env=os.environ | {"AUTORESEARCH_CACHE": "/proc/nowhere"})
+    assert said.returncode == 2 and "AUTORESEARCH_CACHE chooses another folder" in said.stderr

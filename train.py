@@ -1,0 +1,519 @@
+"""The researcher's room: a small GPT, its two optimisers and the training loop. The only file the loop may edit.
+
+Top to bottom: configuration, model, optimisers, main. Everything else (data, clock, score) belongs to prepare.py, which
+this file reaches through four calls: begin, batches, log and submit. The model maps tokens to logits and never sees
+targets; prepare.py exports that forward when the clock starts and scores the exported program at the end, so forward
+must stay free of side effects. Lower val_bpb within the time budget is better.
+"""
+
+import os
+
+# Before torch is imported: growing segments keep a nearly full GPU from failing on fragmentation.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import ctypes
+import gc
+import itertools
+import math
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from prepare import SEED, TASK, begin, machine_flops
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration. Plain literals only: programs read and vary this block.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Size: everything follows from the compute the budget buys (see size_for).
+EXPECTED_MFU = 0.4  # share of the measured matmul rate that training is expected to reach
+TOKENS_PER_PARAM = 8  # training tokens per matrix parameter: lower means a larger model seeing less text
+TARGET_STEPS = 1250  # optimiser steps to aim for: higher means a smaller batch
+ASPECT = 64  # model width per layer of depth
+MAX_HEAD_DIM = 128  # attention head width of large models
+MIN_HEADS = 2  # smaller models halve the head width until they have this many heads
+
+# Model
+MLP_RATIO = 4  # hidden width of the MLP over model width
+WINDOW_PATTERN = "SSSSL"  # attention span per layer, repeated: S short, L full; the last layer is always full
+SHORT_WINDOW = 0.125  # span of an S layer as a share of the sequence
+ROTARY_BASE = 200000  # longest rotary wavelength, in tokens over 2 pi
+QK_SCALE = 1.0  # factor on queries and keys after their norm: higher means sharper attention
+SOFT_CAP = 15.0  # logits are squashed into (-SOFT_CAP, SOFT_CAP)
+GATE_CHANNELS = 32  # leading channels that steer the value-embedding gate
+GATE_RANGE = 2.0  # the gate lies in (0, GATE_RANGE) and starts in the middle
+
+# Initialisation
+MATRIX_INIT = 0.68  # scale of the uniform start of matrices, 1 = unit gain
+EMBED_INIT = 1.0  # standard deviation of the token embedding
+HEAD_INIT = 0.001  # standard deviation of the output head
+RESIDUAL_INIT = 1.0  # start of each layer's factor on the residual stream
+X0_INIT = 0.05  # start of each layer's share of the token embedding
+
+# Optimisers
+EMBED_LR = 0.9  # AdamW, token and value embeddings, at width 768
+HEAD_LR = 0.005  # AdamW, output head, at width 768
+SCALAR_LR = 0.5  # AdamW, x0 scalars
+RESIDUAL_LR = 0.005  # AdamW, residual scalars
+MATRIX_LR = 0.04  # Muon
+ADAM_BETA1 = 0.8  # AdamW momentum
+ADAM_BETA2 = 0.95  # AdamW second moment
+X0_BETA1 = 0.96  # AdamW momentum of the x0 scalars
+ADAM_EPS = 1e-10  # AdamW
+HEAD_DECAY = 0.01  # AdamW weight decay, output head
+EMBED_DECAY = 0.001  # AdamW weight decay, token embedding
+VALUE_DECAY = 0.003  # AdamW weight decay, value embeddings
+MATRIX_DECAY = 0.2  # Muon cautious weight decay at the start, falling linearly to zero
+MOMENTUM_START = 0.85  # Muon momentum at step 0
+MOMENTUM_END = 0.95  # Muon momentum from MOMENTUM_STEPS on
+MOMENTUM_STEPS = 200  # steps over which Muon momentum rises
+MUON_BETA2 = 0.95  # Muon second moment (NorMuon)
+
+# Schedule and loop
+COOLDOWN = 0.75  # last share of the budget, over which learning rates fall linearly
+FINAL_LR = 0.05  # learning rates end at this share
+DEVICE_TOKENS = 262144  # tokens per forward pass on a GPU; halved at start-up until they fit
+CPU_TOKENS = 2048  # tokens per forward pass on a CPU
+LOG_EVERY = 10  # steps between reading the loss, which makes the CPU wait for the GPU
+MAX_LOSS = 100.0  # a loss beyond this has diverged
+
+# Optimal quintic iterations towards the polar factor (Polar Express, arXiv 2505.16932), five steps.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def matrix_count(depth, dim):
+    """Parameters in the matrices of `depth` layers (four of attention, two of the MLP), which is where the FLOPs go."""
+    return depth * dim * dim * (4 + 2 * MLP_RATIO)
+
+
+def shape_for(depth):
+    """Width and head width of a model of `depth` layers: (dim, head_dim), dim a multiple of head_dim."""
+    head_dim = MAX_HEAD_DIM
+    while head_dim > 32 and ASPECT * depth < MIN_HEADS * head_dim:
+        head_dim //= 2
+    return math.ceil(ASPECT * depth / head_dim) * head_dim, head_dim
+
+
+def size_for(compute):
+    """The sizing rule: `compute` FLOPs -> (depth, dim, head_dim, tokens per optimiser step).
+
+    Training N matrix parameters on D tokens costs 6*N*D FLOPs, and the best runs from laptops to an H100 all have D
+    near TOKENS_PER_PARAM * N, so compute fixes N. Depth is the one whose real parameter count comes nearest to N.
+    Small budgets are short of optimiser steps before anything else, so the batch gives way: the largest power of two
+    that still leaves TARGET_STEPS.
+    """
+    params = math.sqrt(compute / (6 * TOKENS_PER_PARAM))
+    depth = min(range(1, 65), key=lambda d: abs(math.log(matrix_count(d, shape_for(d)[0]) / params)))
+    batch = 2 ** max(0, math.floor(math.log2(TOKENS_PER_PARAM * params / TARGET_STEPS)))
+    return depth, *shape_for(depth), max(batch, TASK.seq_len)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model. Weights are float32, activations bfloat16: every product casts its weight, so no autocast is needed anywhere.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) of x [B, T, ..., D]; cos and sin broadcast against it.
+
+    Channel i pairs with i + D/2. The signs of the rotation are folded into sin, so one roll does for both halves.
+    """
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+
+
+def rotary_tables(length, head_dim):
+    """cos and sin for rotate(), each [length, 1, 1, head_dim] bfloat16."""
+    speed = ROTARY_BASE ** -torch.linspace(0, 1, head_dim // 2 + 1, dtype=torch.float64)[:-1]
+    angle = torch.arange(length, dtype=torch.float64).outer(speed)
+    cos, sin = torch.cat([angle.cos(), angle.cos()], 1), torch.cat([angle.sin(), -angle.sin()], 1)
+    return cos[:, None, None].bfloat16(), sin[:, None, None].bfloat16()
+
+
+def attend(q, k, v, window):
+    """Causal attention in which every query sees itself and the `window` - 1 keys before it.
+
+    q, k, v: [B, H, T, D]; returns [B, H, T, D]. A short window is cut into chunks: W queries need no keys outside
+    their own chunk and the one before, so T*2W scores replace T*T (the blocked local attention of Longformer, arXiv
+    2004.05150). Chunks take the place of heads, because fused kernels want four dimensions.
+    """
+    B, H, T, D = q.shape
+    if window >= T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if T % window:
+        raise ValueError(f"the window ({window}) has to divide the sequence length ({T})")
+    query = torch.arange(window, device=q.device)[:, None]
+    key = torch.arange(2 * window, device=q.device) - window
+    chunk = torch.arange(T // window, device=q.device)[:, None, None]
+    mask = (key <= query) & (key > query - window) & (key + chunk * window >= 0)
+
+    def chunks(x):
+        return x.reshape(B * H, T // window, window, D)
+
+    def with_previous(x):
+        x = chunks(x)
+        return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), x], dim=2)
+
+    y = F.scaled_dot_product_attention(chunks(q), with_previous(k), with_previous(v), attn_mask=mask)
+    return y.reshape(B, H, T, D)
+
+
+class Linear(nn.Linear):
+    """Matrix product without bias in the dtype of its input."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions, normed queries and keys, and gated value embeddings.
+
+    Norm on queries and keys: ViT-22B, arXiv 2302.05442. Value embeddings, a second embedding table mixed into the
+    values: value residual learning, arXiv 2410.17897, and the modded-nanogpt speedruns; gated as in nanochat.
+    """
+
+    def __init__(self, dim, head_dim, window, has_value_embed):
+        super().__init__()
+        self.head_dim, self.window = head_dim, window
+        self.query, self.key, self.value = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
+        self.out = Linear(dim, dim)
+        self.gate = Linear(min(GATE_CHANNELS, dim), dim // head_dim) if has_value_embed else None
+
+    def forward(self, x, value_embed, cos, sin):
+        """x: [B, T, C]; value_embed: [B, T, C] or None; returns [B, T, C]."""
+        B, T, C = x.shape
+        # One product is faster than three; as parameters they stay apart because Muon treats each on its own.
+        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+        qkv = F.linear(x, weight.to(x.dtype)).view(B, T, 3, -1, self.head_dim)
+        q, k = (norm(rotate(qkv[:, :, :2], cos, sin)) * QK_SCALE).unbind(2)
+        v = qkv[:, :, 2]
+        if self.gate is not None:
+            gate = GATE_RANGE * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
+            v = v + gate[..., None] * value_embed.view_as(v)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.window)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer; the MLP uses ReLU squared (Primer, arXiv 2109.08668)."""
+
+    def __init__(self, dim, head_dim, window, has_value_embed):
+        super().__init__()
+        self.attention = Attention(dim, head_dim, window, has_value_embed)
+        self.up, self.down = Linear(dim, MLP_RATIO * dim), Linear(MLP_RATIO * dim, dim)
+
+    def forward(self, x, value_embed, cos, sin):
+        """x: [B, T, C] -> [B, T, C]."""
+        x = x + self.attention(norm(x), value_embed, cos, sin)
+        return x + self.down(F.relu(self.up(norm(x))).square())
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer: int64 tokens [B, T] -> float32 logits [B, T, V].
+
+    Before each layer the residual stream is scaled and a share of the token embedding is mixed back in, both by
+    learned scalars (modded-nanogpt). Soft-capped logits: Gemma 2, arXiv 2408.00118.
+    """
+
+    def __init__(self, vocab_size, seq_len, depth, dim, head_dim):
+        super().__init__()
+        short = max(1, int(seq_len * SHORT_WINDOW))
+        pattern = (WINDOW_PATTERN * depth)[: depth - 1] + "L"
+        self.windows = [short if kind == "S" else seq_len for kind in pattern]
+        has_value_embed = [i % 2 == (depth - 1) % 2 for i in range(depth)]
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, dim) if has else None for has in has_value_embed)
+        self.blocks = nn.ModuleList(Block(dim, head_dim, w, has) for w, has in zip(self.windows, has_value_embed))
+        self.head = Linear(dim, vocab_size)
+        self.residual = nn.Parameter(torch.full((depth,), RESIDUAL_INIT))
+        self.x0 = nn.Parameter(torch.full((depth,), X0_INIT))
+        cos, sin = rotary_tables(seq_len, head_dim)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        self.init_weights(dim)
+
+    @torch.no_grad()
+    def init_weights(self, dim):
+        bound = MATRIX_INIT * math.sqrt(3 / dim)
+        for parameter in [*self.blocks.parameters(), *self.value_embeds.parameters()]:
+            nn.init.uniform_(parameter, -bound, bound)
+        for block in self.blocks:
+            # Each layer starts as the identity and each gate in the middle of its range.
+            for linear in (block.attention.out, block.down, block.attention.gate):
+                if linear is not None:
+                    nn.init.zeros_(linear.weight)
+        nn.init.normal_(self.embed.weight, std=EMBED_INIT)
+        nn.init.normal_(self.head.weight, std=HEAD_INIT)
+
+    def forward(self, idx):
+        cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
+        x = x0 = norm(self.embed(idx).bfloat16())
+        for i, (block, table) in enumerate(zip(self.blocks, self.value_embeds)):
+            x = self.residual[i] * x + self.x0[i] * x0
+            x = block(x, None if table is None else table(idx).bfloat16(), cos, sin)
+        # SOFT_CAP * tanh(z / SOFT_CAP), plus a constant that no softmax can see: sigmoid is several times cheaper than
+        # tanh on a CPU, and dividing before the product spares a pass over the largest tensor of the model.
+        return 2 * SOFT_CAP * torch.sigmoid(self.head(norm(x) / (SOFT_CAP / 2)).float())
+
+    def flops_per_token(self):
+        """Training FLOPs per token: 6 per weight of a matrix product, and attention's scores as if they were full."""
+        weights = sum(p.numel() for p in self.blocks.parameters()) + self.head.weight.numel()
+        return 6 * weights + 12 * self.head.in_features * sum(self.windows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisers: Muon for the matrices inside the layers, AdamW for everything else.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def polar_express(x):
+    """Nearest semi-orthogonal matrices to x [N, R, C], approximately: singular values end near 1. bfloat16 inside.
+
+    Polar Express, arXiv 2505.16932: five quintic steps, each optimal for the range of singular values that is left.
+    """
+    x = x.bfloat16()
+    # Singular values must start below 1; the margin covers what bfloat16 rounds.
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def muon_update(weights, grads, momentum_buffer, second_moment, lr, momentum, decay):
+    """One Muon step for a stack of matrices of one shape: new weights [N, R, C] float32; buffers change in place.
+
+    weights, grads, momentum_buffer: [N, R, C]; second_moment: [N, R, 1] if R >= C else [N, 1, C]; lr, momentum and
+    decay: 0-D tensors. Momentum and orthogonalisation: Muon (Jordan 2024). The second moment evens out the rows (or
+    columns) without changing the size of the step: NorMuon, arXiv 2510.05491. Weights only decay where that agrees
+    with the step: cautious weight decay, arXiv 2510.12402.
+    """
+    rows, cols = weights.shape[-2:]
+    momentum_buffer.lerp_(grads, 1 - momentum)
+    step = polar_express(grads.lerp(momentum_buffer, momentum)).float()
+    energy = step.square().mean(dim=-1 if rows >= cols else -2, keepdim=True)
+    second_moment.lerp_(energy, 1 - MUON_BETA2)
+    even = step * second_moment.clamp_min(1e-10).rsqrt()
+    step = even * (step.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    agrees = step * weights >= 0
+    return weights - lr * math.sqrt(max(1, rows / cols)) * (step + decay * weights * agrees)
+
+
+class Muon:
+    """Muon over `matrices`, one stacked update per shape; compiled on CUDA."""
+
+    def __init__(self, matrices):
+        # 0-D CPU tensors: values that change every step must not look like constants to the compiler.
+        self.lr, self.momentum, self.decay = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        self.matrices, self.groups = matrices, []
+        for shape in dict.fromkeys(m.shape for m in matrices):
+            group = [m for m in matrices if m.shape == shape]
+            first = torch.zeros(len(group), *shape, device=group[0].device)
+            second = first[:, :, :1] if shape[0] >= shape[1] else first[:, :1]
+            self.groups.append((group, first, second.clone(memory_format=torch.contiguous_format)))
+        on_gpu = matrices[0].is_cuda
+        self.update = torch.compile(muon_update, dynamic=False) if on_gpu else muon_update
+
+    @torch.no_grad()
+    def step(self, lr, momentum, decay):
+        self.lr.fill_(lr), self.momentum.fill_(momentum), self.decay.fill_(decay)
+        for group, first, second in self.groups:
+            grads = torch.stack([m.grad for m in group])
+            new = self.update(torch.stack(group), grads, first, second, self.lr, self.momentum, self.decay)
+            torch._foreach_copy_(group, new.unbind())
+
+
+def make_adamw(model):
+    """Fused AdamW over everything outside the layers. Embeddings and head learn faster in narrow models."""
+    width = (model.head.in_features / 768) ** -0.5
+    betas = (ADAM_BETA1, ADAM_BETA2)
+    values = list(model.value_embeds.parameters())
+    groups = [
+        dict(params=[model.embed.weight], peak=EMBED_LR * width, betas=betas, weight_decay=EMBED_DECAY),
+        dict(params=values, peak=EMBED_LR * width, betas=betas, weight_decay=VALUE_DECAY),
+        dict(params=[model.head.weight], peak=HEAD_LR * width, betas=betas, weight_decay=HEAD_DECAY),
+        dict(params=[model.residual], peak=RESIDUAL_LR, betas=betas, weight_decay=0.0),
+        dict(params=[model.x0], peak=SCALAR_LR, betas=(X0_BETA1, ADAM_BETA2), weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, eps=ADAM_EPS, fused=True)
+
+
+def lr_at(progress):
+    """Share of the peak learning rate: constant, then linear down to FINAL_LR over the last COOLDOWN of the budget."""
+    left = min(1.0, max(0.0, 1 - progress) / COOLDOWN)
+    return FINAL_LR + (1 - FINAL_LR) * left
+
+
+def momentum_at(step):
+    """Muon momentum, rising linearly over the first MOMENTUM_STEPS steps."""
+    return MOMENTUM_START + (MOMENTUM_END - MOMENTUM_START) * min(1.0, step / MOMENTUM_STEPS)
+
+
+def decay_at(progress):
+    """Muon weight decay, falling linearly to zero at the end of the budget."""
+    return MATRIX_DECAY * max(0.0, 1 - progress)
+
+
+def update(adamw, muon, step, progress):
+    """One step of both optimisers at their place in the schedules; clears the gradients."""
+    for group in adamw.param_groups:
+        group["lr"] = group["peak"] * lr_at(progress)
+    adamw.step()
+    muon.step(MATRIX_LR * lr_at(progress), momentum_at(step), decay_at(progress))
+    for parameter in itertools.chain(*(group["params"] for group in adamw.param_groups), muon.matrices):
+        parameter.grad = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fast_attention(device):
+    """Context that picks attention kernels: cuDNN first on a GPU, plain bfloat16 products on a CPU.
+
+    At the lengths a CPU can train, its fused kernel is slower than the products it avoids storing. Kept outside the
+    model so that the exported forward leaves the choice to whoever runs it.
+    """
+    if device.type == "cpu":
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the switch covers the CPU despite its name
+        return sdpa_kernel(SDPBackend.MATH)
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def make_loss(model, compiled):
+    """loss(x, y) for int64 [B, T] tokens and targets: mean nats per token, float32 0-D."""
+
+    def loss(x, y):
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    # The loss is compiled along with the model: fused, the float32 logits never need to be stored.
+    return torch.compile(loss, dynamic=False) if compiled else loss
+
+
+def warm_up(model, loss_of, rows, device):
+    """Compile and claim memory on random tokens, before the clock starts; returns the rows per pass that fit.
+
+    Nothing here may teach the model anything: gradients are dropped, and the optimiser that is compiled along the way
+    runs at learning rate zero and is thrown away.
+    """
+    while True:
+        tokens = torch.randint(TASK.vocab_size, (rows, TASK.seq_len), device=device)
+        try:
+            for _ in range(2):
+                loss_of(tokens, tokens).backward()
+            Muon(list(model.blocks.parameters())).step(0.0, 0.0, 0.0)
+            return rows
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                sys.exit("train.py: out of memory with a single row per forward pass; the model has to shrink")
+        finally:
+            model.zero_grad(set_to_none=True)
+        rows //= 2
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        print(f"out of memory: trying {rows} rows per forward pass")
+
+
+def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
+    """Train until the clock runs out; returns (steps, tokens, mfu). Exits with status 1 if the loss diverges."""
+    device = model.head.weight.device
+    # A GPU runs behind the CPU that feeds it. Letting the CPU lead by one backward pass, and no more, keeps the GPU
+    # busy while schedules and the end of the budget still follow the clock.
+    fence = torch.cuda.Event() if device.type == "cuda" else None
+    flops, batch_tokens = model.flops_per_token(), rows * passes * TASK.seq_len
+    batches = iter(run.batches(rows))
+    start = last = time.perf_counter()
+    smooth, weight = 0.0, 0.0
+    for step in itertools.count(1):
+        total = torch.zeros((), device=device)
+        for _ in range(passes):
+            loss = loss_of(*next(batches)) / passes
+            loss.backward()
+            total += loss.detach()
+        if fence is not None:
+            fence.synchronize()
+        progress = run.progress
+        update(adamw, muon, step - 1, progress)
+        if fence is not None:
+            fence.record()
+        done = progress >= 1
+        if step % LOG_EVERY == 0 or done:
+            value, now = total.item(), time.perf_counter()
+            if not value < MAX_LOSS:
+                sys.exit(f"train.py: training diverged: the loss is {value} at step {step}")
+            smooth, weight = 0.8 * smooth + 0.2 * value, 0.8 * weight + 0.2
+            speed = batch_tokens * (step % LOG_EVERY or LOG_EVERY) / (now - last)
+            last = now
+            run.log(step=step, loss=value)
+            print(
+                f"{min(progress, 1):7.1%} | step {step:05d} | loss {smooth / weight:.4f} | {speed:,.0f} tok/s "
+                f"| MFU {speed * flops / peak_flops:.1%}",
+                flush=True,
+            )
+        if done:
+            return step, step * batch_tokens, step * batch_tokens * flops / (now - start) / peak_flops
+
+
+def keep_freed_memory():
+    """Stop glibc from giving large blocks back to the system: faulting them in again costs a third of a CPU step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink the heap
+
+
+def main():
+    keep_freed_memory()
+    torch.manual_seed(SEED)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak_flops = machine_flops()
+    depth, dim, head_dim, batch_tokens = size_for(peak_flops * EXPECTED_MFU * TASK.time_budget)
+    model = GPT(TASK.vocab_size, TASK.seq_len, depth, dim, head_dim).to(device)
+    params = sum(p.numel() for p in model.parameters())
+    loss_of = make_loss(model, compiled=device.type == "cuda")
+
+    batch_rows = max(1, batch_tokens // TASK.seq_len)
+    pass_tokens = DEVICE_TOKENS if device.type == "cuda" else CPU_TOKENS
+    rows = min(batch_rows, max(1, pass_tokens // TASK.seq_len))
+    with fast_attention(device):
+        rows = warm_up(model, loss_of, rows, device)
+    passes = max(1, batch_rows // rows)
+    print(f"{params / 1e6:.1f}M parameters: depth {depth}, width {dim}, heads of {head_dim}; ", end="")
+    print(f"{passes} x {rows} rows of {TASK.seq_len} tokens per step", flush=True)
+
+    adamw, muon = make_adamw(model), Muon(list(model.blocks.parameters()))
+    # A garbage collection in mid-run costs more than what it could free.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    run = begin(model)
+    with fast_attention(device):
+        steps, tokens, mfu = train(run, model, loss_of, adamw, muon, rows, passes, peak_flops)
+    print(f"done: {steps} steps, {tokens / 1e6:.1f}M tokens, {params / 1e6:.1f}M parameters, MFU {mfu:.1%}", flush=True)
+    run.submit(model)
+
+
+if __name__ == "__main__":
+    main()
