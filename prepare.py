@@ -882,7 +882,7 @@ def sandbox_level():
     return "none"
 
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 24, 36
 
 
 def prctl(option, value):
@@ -902,6 +902,8 @@ def start_confined(command, rules, **options):
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this process goes first
         if rules is not None:
+            for capability in range(64):  # root's would open the environment of other processes in /proc
+                prctl(PR_CAPBSET_DROP, capability)
             with landlockpy.Ruleset(scoped=landlockpy.Scope.SIGNAL | landlockpy.Scope.ABSTRACT_UNIX_SOCKET) as ruleset:
                 for path, rights in rules:
                     ruleset.allow_path(path, rights)
@@ -1079,7 +1081,7 @@ def supervise(child, examiner, channel, output, rows, task, out):
         "training_seconds": round(end - begun, 3) if begun else 0.0,
         "peak_rss_mb": round(peak / 2**20, 1),
         **numbers({key: report.get(key) for key in ("steps", "tokens", "params", "peak_vram_mb")}),
-        "device": str(report.get("device", ""))[:80],
+        "device": "".join(filter(str.isprintable, str(report.get("device", ""))))[:80],
     }
 
 
@@ -1281,10 +1283,10 @@ def examine(path, task, folder):
                     moved = max(moved, leak(forward, tokens, logits, task.vocab_size))
             except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, MemoryError) as error:
                 raise Refused(f"the sealed model fails on the validation rows: {str(error)[:300]}") from None
-            for row, target in zip(logits, targets):
-                loss = F.cross_entropy(row.float(), target, reduction="none").double()
-                nats += loss[lengths[target] > 0].sum().item()
-            size += lengths[targets].sum().item()
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            spans = lengths[targets.flatten()]
+            nats += losses[spans > 0].double().sum().item()
+            size += spans.sum().item()
     if not math.isfinite(nats):
         raise Refused("the model's logits are not finite on the validation rows")
     if not noise < 100 * LEAK_TOLERANCE:

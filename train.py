@@ -25,9 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prepare import SEED, TASK, begin, machine_flops
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration. Plain literals only: programs read and vary this block.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Configuration. Plain literals only: programs read and vary this block. ----
 
 # Size: everything follows from the compute the budget buys (see size_for).
 EXPECTED_MFU = 0.4  # share of the measured matmul rate that training is expected to reach
@@ -42,7 +40,7 @@ MLP_RATIO = 4  # hidden width of the MLP over model width
 WINDOW_PATTERN = "SSSSL"  # attention span per layer, repeated: S short, L full; the last layer is always full
 SHORT_WINDOW = 0.125  # span of an S layer as a share of the sequence
 ROTARY_BASE = 200000  # longest rotary wavelength, in tokens over 2 pi
-QK_SCALE = 1.0  # factor on queries and keys after their norm: higher means sharper attention
+QK_SCALE = 1.0  # factor on attention scores: higher means sharper attention
 SOFT_CAP = 15.0  # logits are squashed into (-SOFT_CAP, SOFT_CAP)
 GATE_CHANNELS = 32  # leading channels that steer the value-embedding gate
 GATE_RANGE = 2.0  # the gate lies in (0, GATE_RANGE) and starts in the middle
@@ -118,9 +116,7 @@ def size_for(compute):
     return depth, *shape_for(depth), max(batch, TASK.seq_len)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model. Weights are float32, activations bfloat16: every product casts its weight, so no autocast is needed anywhere.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Model. Weights are float32, activations bfloat16: products cast their weights, so autocast is never needed. ----
 
 
 def norm(x):
@@ -152,8 +148,9 @@ def attend(q, k, v, window):
     2004.05150). Chunks take the place of heads, because fused kernels want four dimensions.
     """
     B, H, T, D = q.shape
+    scale = QK_SCALE / math.sqrt(D)
     if window >= T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     if T % window:
         raise ValueError(f"the window ({window}) has to divide the sequence length ({T})")
     query = torch.arange(window, device=q.device)[:, None]
@@ -168,8 +165,8 @@ def attend(q, k, v, window):
         x = chunks(x)
         return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), x], dim=2)
 
-    y = F.scaled_dot_product_attention(chunks(q), with_previous(k), with_previous(v), attn_mask=mask)
-    return y.reshape(B, H, T, D)
+    k, v = with_previous(k), with_previous(v)
+    return F.scaled_dot_product_attention(chunks(q), k, v, attn_mask=mask[None], scale=scale).reshape(B, H, T, D)
 
 
 class Linear(nn.Linear):
@@ -202,7 +199,7 @@ class Attention(nn.Module):
         # One product is faster than three; as parameters they stay apart because Muon treats each on its own.
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         qkv = F.linear(x, weight.to(x.dtype)).view(B, T, 3, -1, self.head_dim)
-        q, k = (norm(rotate(qkv[:, :, :2], cos, sin)) * QK_SCALE).unbind(2)
+        q, k = norm(rotate(qkv[:, :, :2], cos, sin)).unbind(2)
         v = qkv[:, :, 2]
         if self.gate is not None:
             gate = GATE_RANGE * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
@@ -278,9 +275,7 @@ class GPT(nn.Module):
         return 6 * weights + 12 * self.head.in_features * sum(self.windows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimisers: Muon for the matrices inside the layers, AdamW for everything else.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Optimisers. Muon for the matrices inside the layers, AdamW for everything else. ----
 
 
 def polar_express(x):
@@ -324,7 +319,7 @@ class Muon:
     def __init__(self, matrices):
         # 0-D CPU tensors: values that change every step must not look like constants to the compiler.
         self.lr, self.momentum, self.decay = torch.zeros(()), torch.zeros(()), torch.zeros(())
-        self.matrices, self.groups = matrices, []
+        self.groups = []
         for shape in dict.fromkeys(m.shape for m in matrices):
             group = [m for m in matrices if m.shape == shape]
             first = torch.zeros(len(group), *shape, device=group[0].device)
@@ -374,18 +369,14 @@ def decay_at(progress):
 
 
 def update(adamw, muon, step, progress):
-    """One step of both optimisers at their place in the schedules; clears the gradients."""
+    """One step of both optimisers at their place in the schedules."""
     for group in adamw.param_groups:
         group["lr"] = group["peak"] * lr_at(progress)
     adamw.step()
     muon.step(MATRIX_LR * lr_at(progress), momentum_at(step), decay_at(progress))
-    for parameter in itertools.chain(*(group["params"] for group in adamw.param_groups), muon.matrices):
-        parameter.grad = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Main ----
 
 
 def fast_attention(device):
@@ -451,11 +442,12 @@ def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
             loss = loss_of(*next(batches)) / passes
             loss.backward()
             total += loss.detach()
-        if fence is not None:
+        if fence:
             fence.synchronize()
         progress = run.progress
         update(adamw, muon, step - 1, progress)
-        if fence is not None:
+        model.zero_grad(set_to_none=True)
+        if fence:
             fence.record()
         done = progress >= 1
         if step % LOG_EVERY == 0 or done:
@@ -463,14 +455,10 @@ def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
             if not value < MAX_LOSS:
                 sys.exit(f"train.py: training diverged: the loss is {value} at step {step}")
             smooth, weight = 0.8 * smooth + 0.2 * value, 0.8 * weight + 0.2
-            speed = batch_tokens * (step % LOG_EVERY or LOG_EVERY) / (now - last)
-            last = now
+            speed, last = batch_tokens * (step % LOG_EVERY or LOG_EVERY) / (now - last), now
             run.log(step=step, loss=value)
-            print(
-                f"{min(progress, 1):7.1%} | step {step:05d} | loss {smooth / weight:.4f} | {speed:,.0f} tok/s "
-                f"| MFU {speed * flops / peak_flops:.1%}",
-                flush=True,
-            )
+            line = f"{min(progress, 1):7.1%} | step {step:05d} | loss {smooth / weight:.4f} | {speed:,.0f} tok/s"
+            print(f"{line} | MFU {speed * flops / peak_flops:.1%}", flush=True)
         if done:
             return step, step * batch_tokens, step * batch_tokens * flops / (now - start) / peak_flops
 
@@ -494,12 +482,11 @@ def main():
     params = sum(p.numel() for p in model.parameters())
     loss_of = make_loss(model, compiled=device.type == "cuda")
 
-    batch_rows = max(1, batch_tokens // TASK.seq_len)
-    pass_tokens = DEVICE_TOKENS if device.type == "cuda" else CPU_TOKENS
-    rows = min(batch_rows, max(1, pass_tokens // TASK.seq_len))
+    batch_rows = batch_tokens // TASK.seq_len
+    rows = max(1, (DEVICE_TOKENS if device.type == "cuda" else CPU_TOKENS) // TASK.seq_len)
     with fast_attention(device):
-        rows = warm_up(model, loss_of, rows, device)
-    passes = max(1, batch_rows // rows)
+        rows = warm_up(model, loss_of, min(rows, batch_rows), device)
+    passes = batch_rows // rows
     print(f"{params / 1e6:.1f}M parameters: depth {depth}, width {dim}, heads of {head_dim}; ", end="")
     print(f"{passes} x {rows} rows of {TASK.seq_len} tokens per step", flush=True)
 

@@ -16,13 +16,13 @@ for name in [name for name in os.environ if name.startswith(("AUTORESEARCH_", "G
 
 import prepare  # noqa: E402
 
-TINY = prepare.Task("tiny", "tiny", 32, 300, 2**11, 1.5, split_long=True)
+TINY = prepare.Task("tiny", "tiny", 32, 300, 2**13, 1.5, split_long=True)
 
 
 def tiny_documents():
     """A few hundred short documents with something to learn in them; every fifth is held out."""
     words = "the sun rises over a quiet field and every bird begins its own song while rivers run to the sea".split()
-    for i in range(400):
+    for i in range(800):
         yield " ".join(words[(i * j * j + j) % len(words)] for j in range(60 + i % 50)) + f" ({i})", i % 5 == 0
 
 

@@ -1,6 +1,7 @@
 """train.py: what the baseline promises, checked against formulas written out here rather than stored numbers."""
 
 import math
+import operator
 import sys
 import types
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_the_forward_exports_to_functional_operators_only():
     program = torch.export.export(model, (torch.zeros(2, T, dtype=torch.int64),), strict=False).run_decompositions({})
     signature = program.graph_signature
     assert not signature.buffers_to_mutate and len(signature.user_outputs) == 1
-    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    calls = {node.target for node in program.graph.nodes if node.op == "call_function"} - {operator.getitem}
     assert calls and all(str(op).startswith("aten.") and not op._schema.is_mutable for op in calls)
     tokens = torch.randint(V, (2, T))
     torch.testing.assert_close(program.module()(tokens), model(tokens))
@@ -192,6 +193,18 @@ def test_polar_express_brings_singular_values_near_one(shape):
         assert values.min() > 0.8
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 96)])
+def test_polar_express_applies_its_polynomials_to_the_singular_values(shape):
+    x = torch.randn(shape)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    s = s / (1.02 * x.norm())
+    for a, b, c in train.POLAR_EXPRESS:
+        s = a * s + b * s**3 + c * s**5
+    expected = u @ s.diag() @ vh
+    error = train.polar_express(x[None])[0].float() - expected
+    assert error.norm() < 0.06 * expected.norm()
+
+
 def test_polar_express_keeps_singular_vectors():
     x = torch.randn(1, 96, 32)
     u, _, vh = torch.linalg.svd(x[0], full_matrices=False)
@@ -200,26 +213,19 @@ def test_polar_express_keeps_singular_vectors():
 
 
 def reference_muon(weight, grads, lrs, momenta, decays):
-    """Muon for one matrix, written from the papers, for several steps; returns the weight after each."""
+    """Muon for one matrix, written from the papers, over several steps; returns the last weight."""
     rows, cols = weight.shape
-    first, second, history = torch.zeros_like(weight), 0.0, []
+    first, second = torch.zeros_like(weight), 0.0
     for grad, lr, mu, decay in zip(grads, lrs, momenta, decays):
         first = mu * first + (1 - mu) * grad
-        x = ((1 - mu) * grad + mu * first).bfloat16()
-        x = x / (x.norm() * 1.02 + 1e-6)
-        for a, b, c in train.POLAR_EXPRESS:
-            s = x.T @ x if rows > cols else x @ x.T
-            p = b * s + c * s @ s
-            x = a * x + (x @ p if rows > cols else p @ x)
-        o = x.float()
+        o = train.polar_express(((1 - mu) * grad + mu * first)[None])[0].float()
         power = (o * o).mean(1 if rows >= cols else 0, keepdim=True)
         second = train.MUON_BETA2 * second + (1 - train.MUON_BETA2) * power
         scaled = o / second.sqrt()
         o = scaled * o.norm() / scaled.norm()
         shrink = torch.where(o * weight >= 0, decay * weight, torch.zeros_like(weight))
         weight = weight - lr * max(1, rows / cols) ** 0.5 * (o + shrink)
-        history.append(weight)
-    return history
+    return weight
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64)])
@@ -234,7 +240,8 @@ def test_the_stacked_muon_update_equals_one_matrix_at_a_time(shape):
             weight.grad = grad.clone()
         muon.step(lrs[step], momenta[step], decays[step])
     for n in range(3):
-        expected = reference_muon(start[n], grads[:, n], lrs, momenta, decays)[-1]
+        expected = reference_muon(start[n], grads[:, n], lrs, momenta, decays)
+        # Products of a stack and of one matrix may round differently in bfloat16.
         moved = (expected - start[n]).norm()
         assert (weights[n] - expected).norm() < 0.02 * moved
 
