@@ -469,7 +469,7 @@ class Lab:
         head = repository.run("rev-parse", ref)
         if repository.source(head) != best:
             candidate = repository.candidates(self.tag)[self.best.commit]
-            if repository.run("rev-parse", f"{candidate}^") != head:  # somebody has committed to the branch meanwhile
+            if repository.run("log", "-1", "--format=%P", candidate) != head:  # somebody has committed meanwhile
                 message = f"{self.best.description}\n\nThe train.py of {self.best.commit}."
                 candidate = repository.commit(head, best, message, self.folder / "candidate.py")
             repository.run("update-ref", ref, candidate, head)

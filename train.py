@@ -89,11 +89,6 @@ POLAR_EXPRESS = (
 )
 
 
-def matrix_count(depth, dim):
-    """Parameters in the matrices of `depth` layers (four of attention, two of the MLP), which is where the FLOPs go."""
-    return depth * dim * dim * (4 + 2 * MLP_RATIO)
-
-
 def shape_for(depth):
     """Width and head width of a model of `depth` layers: (dim, head_dim), dim a multiple of head_dim."""
     head_dim = MAX_HEAD_DIM
@@ -111,7 +106,8 @@ def size_for(compute):
     that still leaves TARGET_STEPS.
     """
     params = math.sqrt(compute / (6 * TOKENS_PER_PARAM))
-    depth = min(range(1, 65), key=lambda d: abs(math.log(matrix_count(d, shape_for(d)[0]) / params)))
+    per_layer = 4 + 2 * MLP_RATIO  # matrix parameters of a layer over width squared: attention 4, MLP twice its ratio
+    depth = min(range(1, 65), key=lambda d: abs(math.log(d * shape_for(d)[0] ** 2 * per_layer / params)))
     batch = 2 ** max(0, math.floor(math.log2(TOKENS_PER_PARAM * params / TARGET_STEPS)))
     return depth, *shape_for(depth), max(batch, TASK.seq_len)
 
@@ -147,8 +143,7 @@ def attend(q, k, v, window):
     their own chunk and the one before, so T*2W scores replace T*T (the blocked local attention of Longformer, arXiv
     2004.05150). Chunks take the place of heads, because fused kernels want four dimensions.
     """
-    B, H, T, D = q.shape
-    scale = QK_SCALE / math.sqrt(D)
+    (B, H, T, D), scale = q.shape, QK_SCALE / math.sqrt(q.size(-1))
     if window >= T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     if T % window:
@@ -241,9 +236,8 @@ class GPT(nn.Module):
         self.head = Linear(dim, vocab_size)
         self.residual = nn.Parameter(torch.full((depth,), RESIDUAL_INIT))
         self.x0 = nn.Parameter(torch.full((depth,), X0_INIT))
-        cos, sin = rotary_tables(seq_len, head_dim)
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+        for name, table in zip(("cos", "sin"), rotary_tables(seq_len, head_dim)):
+            self.register_buffer(name, table)
         self.init_weights(dim)
 
     @torch.no_grad()
@@ -325,8 +319,7 @@ class Muon:
             first = torch.zeros(len(group), *shape, device=group[0].device)
             second = first[:, :, :1] if shape[0] >= shape[1] else first[:, :1]
             self.groups.append((group, first, second.clone(memory_format=torch.contiguous_format)))
-        on_gpu = matrices[0].is_cuda
-        self.update = torch.compile(muon_update, dynamic=False) if on_gpu else muon_update
+        self.update = torch.compile(muon_update, dynamic=False) if matrices[0].is_cuda else muon_update
 
     @torch.no_grad()
     def step(self, lr, momentum, decay):
@@ -339,12 +332,10 @@ class Muon:
 
 def make_adamw(model):
     """Fused AdamW over everything outside the layers. Embeddings and head learn faster in narrow models."""
-    width = (model.head.in_features / 768) ** -0.5
-    betas = (ADAM_BETA1, ADAM_BETA2)
-    values = list(model.value_embeds.parameters())
+    width, betas = (model.head.in_features / 768) ** -0.5, (ADAM_BETA1, ADAM_BETA2)
     groups = [
         dict(params=[model.embed.weight], peak=EMBED_LR * width, betas=betas, weight_decay=EMBED_DECAY),
-        dict(params=values, peak=EMBED_LR * width, betas=betas, weight_decay=VALUE_DECAY),
+        dict(params=model.value_embeds.parameters(), peak=EMBED_LR * width, betas=betas, weight_decay=VALUE_DECAY),
         dict(params=[model.head.weight], peak=HEAD_LR * width, betas=betas, weight_decay=HEAD_DECAY),
         dict(params=[model.residual], peak=RESIDUAL_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.x0], peak=SCALAR_LR, betas=(X0_BETA1, ADAM_BETA2), weight_decay=0.0),
@@ -438,8 +429,8 @@ def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
     smooth, weight = 0.0, 0.0
     for step in itertools.count(1):
         total = torch.zeros((), device=device)
-        for _ in range(passes):
-            loss = loss_of(*next(batches)) / passes
+        for x, y in itertools.islice(batches, passes):
+            loss = loss_of(x, y) / passes
             loss.backward()
             total += loss.detach()
         if fence:
@@ -481,14 +472,13 @@ def main():
     model = GPT(TASK.vocab_size, TASK.seq_len, depth, dim, head_dim).to(device)
     params = sum(p.numel() for p in model.parameters())
     loss_of = make_loss(model, compiled=device.type == "cuda")
-
     batch_rows = batch_tokens // TASK.seq_len
     rows = max(1, (DEVICE_TOKENS if device.type == "cuda" else CPU_TOKENS) // TASK.seq_len)
     with fast_attention(device):
         rows = warm_up(model, loss_of, min(rows, batch_rows), device)
     passes = batch_rows // rows
-    print(f"{params / 1e6:.1f}M parameters: depth {depth}, width {dim}, heads of {head_dim}; ", end="")
-    print(f"{passes} x {rows} rows of {TASK.seq_len} tokens per step", flush=True)
+    size = f"{params / 1e6:.1f}M parameters"
+    print(f"{size}: depth {depth}, width {dim}; {passes} x {rows} rows of {TASK.seq_len} tokens per step", flush=True)
 
     adamw, muon = make_adamw(model), Muon(list(model.blocks.parameters()))
     # A garbage collection in mid-run costs more than what it could free.
@@ -498,7 +488,7 @@ def main():
     run = begin(model)
     with fast_attention(device):
         steps, tokens, mfu = train(run, model, loss_of, adamw, muon, rows, passes, peak_flops)
-    print(f"done: {steps} steps, {tokens / 1e6:.1f}M tokens, {params / 1e6:.1f}M parameters, MFU {mfu:.1%}", flush=True)
+    print(f"done: {steps} steps, {tokens / 1e6:.1f}M tokens, {size}, MFU {mfu:.1%}", flush=True)
     run.submit(model)
 
 
