@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -293,7 +292,8 @@ class Lab:
             }
             prepare.write_atomically(self.folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
         self.load()
-        self.settle()
+        if self.experiments:
+            self.settle()
 
     def look(self):
         """Read what the tag has found so far, changing nothing."""
@@ -365,9 +365,9 @@ class Lab:
     def sigma(self, *more):
         return pooled_sigma([*(experiment.scores for experiment in self.experiments), *more])
 
-    def tried(self):
-        """SHA-256 of every train.py that this tag has tried."""
-        return {hashlib.sha256(self.source(commit)).hexdigest() for commit in self.repository.candidates(self.tag)}
+    def has_tried(self, source):
+        """Whether a candidate of this tag had exactly this train.py (bytes)."""
+        return any(self.source(commit) == source for commit in self.repository.candidates(self.tag))
 
     def source(self, commit):
         """train.py of a candidate, as bytes; from runs/ where it is still there, since asking git takes longer."""
@@ -461,13 +461,14 @@ class Lab:
     def settle(self):
         """Bring the branch and the working tree to the best train.py; other files and staged changes stay as they are.
 
-        A train.py in the working tree that this tag has never tried is somebody's work: saved before it is replaced.
+        A train.py that this tag has never tried is somebody's work: committed to the branch it awaits its trial, in the
+        working tree it is saved before it is replaced.
         """
-        if not self.experiments:
-            return
         repository, ref, best = self.repository, f"refs/heads/{self.branch}", self.source(self.best.commit)
         head = repository.run("rev-parse", ref)
         if repository.source(head) != best:
+            if not self.has_tried(repository.source(head)):
+                return
             candidate = repository.candidates(self.tag)[self.best.commit]
             if repository.run("log", "-1", "--format=%P", candidate) != head:  # somebody has committed meanwhile
                 message = f"{self.best.description}\n\nThe train.py of {self.best.commit}."
@@ -476,12 +477,11 @@ class Lab:
         if not repository.is_checked_out(self.branch):
             return
         train_py = HERE / "train.py"
-        here = train_py.read_bytes() if train_py.exists() else best
-        if here != best and hashlib.sha256(here).hexdigest() not in self.tried():
+        if train_py.exists() and not self.has_tried(here := train_py.read_bytes()):
             saved = self.folder / time.strftime("train-%Y%m%d-%H%M%S.py")
             saved.write_bytes(here)
             self.say(f"[yellow]train.py had changes of its own; they are saved in {saved.relative_to(HERE)}[/]")
-        if here != best or not train_py.exists() or repository.run("status", "--porcelain", "--", str(train_py)):
+        if repository.run("status", "--porcelain", "--", str(train_py)):
             repository.run("checkout", "--quiet", ref, "--", str(train_py))
 
     def next_candidate(self, researcher):
@@ -494,7 +494,7 @@ class Lab:
             if commit not in done:
                 return commit, one_line(self.repository.run("log", "-1", "--format=%s", full))
         head = self.repository.run("rev-parse", f"refs/heads/{self.branch}")
-        if hashlib.sha256(self.repository.source(head)).hexdigest() not in self.tried():
+        if not self.has_tried(self.repository.source(head)):
             subject = one_line(self.repository.run("log", "-1", "--format=%s", head))
             return self.repository.remember(self.tag, head), f"by hand: {subject}"
         draft = researcher.draft(self)
@@ -531,11 +531,11 @@ class Search:
     def draft(self, lab):
         """The next Draft against the best train.py of `lab`. Raises Trouble when every step has been tried."""
         source = lab.source(lab.best.commit).decode()
-        constants, tried = find_constants(source), lab.tried()
+        constants = find_constants(source)
         chance = random.Random(f"{lab.tag} {len(lab.experiments)}")
         for step in [*self.followed(lab, constants), *self.drawn(constants, chance)]:
             changed = set_constants(source, constants, step)
-            if hashlib.sha256(changed.encode()).hexdigest() not in tried:
+            if not lab.has_tried(changed.encode()):
                 change = ", ".join(f"{name} {constants[name].text} -> {new}" for name, new in step.items())
                 return Draft(changed, change, "Local search: a small step that has not been tried from here.")
         raise Trouble("the search has tried every step it knows from the best train.py; edit train.py, or ask a model")
