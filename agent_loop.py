@@ -230,7 +230,7 @@ class Repository:
 
 
 class Lab:
-    """One tag: its branch, its candidates under refs/autoresearch/<tag>/, runs/<tag>/, and results.tsv while current."""
+    """One tag: its branch, its candidates (refs/autoresearch/<tag>/), runs/<tag>/, and results.tsv while current."""
 
     def __init__(self, repository, tag, console, greedy=False, sandbox=True):
         self.repository, self.tag, self.console = repository, tag, console
@@ -298,8 +298,7 @@ class Lab:
     def look(self):
         """Read what the tag has found so far, changing nothing."""
         self.meta = self.read_meta()
-        rows = {experiment.commit for experiment in read_book(self.book)}
-        if not rows <= set(self.repository.candidates(self.tag)):
+        if (self.folder / "results.tsv").exists():
             self.book = self.folder / "results.tsv"
         self.load()
 
@@ -330,20 +329,19 @@ class Lab:
 
     def fetch_book(self):
         """Make results.tsv this tag's book: file another tag's away under runs/, and bring ours back."""
-        ours = set(self.repository.candidates(self.tag))
-        rows = {experiment.commit for experiment in read_book(self.book)}
-        if self.book.exists() and not (ours and rows <= ours):
-            owner = next((tag for tag in self.tags() if rows and rows <= set(self.repository.candidates(tag))), None)
+        current = HERE / "runs" / "current"
+        owner = current.read_text().strip() if current.exists() else None
+        rows = read_book(self.book)
+        if not owner and rows and {row.commit for row in rows} <= set(self.repository.candidates(self.tag)):
+            owner = self.tag
+        if self.book.exists() and owner != self.tag:
             home = HERE / "runs" / (owner or time.strftime("unknown-%Y%m%d-%H%M%S")) / "results.tsv"
             home.parent.mkdir(parents=True, exist_ok=True)
             self.book.replace(home)
             self.say(f"results.tsv belonged to another tag; it is now {home.relative_to(HERE)}")
+        prepare.write_atomically(current, self.tag + "\n")
         if not self.book.exists() and (self.folder / "results.tsv").exists():
             (self.folder / "results.tsv").replace(self.book)
-
-    def tags(self):
-        listed = self.repository.run("for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/autoresearch/")
-        return listed.split()
 
     # -- what is known
 
@@ -485,7 +483,7 @@ class Lab:
             repository.run("checkout", "--quiet", ref, "--", str(train_py))
 
     def next_candidate(self, researcher):
-        """(short hash, description) of the next experiment: an unfinished one, the owner's own commit, or a new draft."""
+        """(short hash, description) of the next experiment: unfinished, the owner's own commit, or a new draft."""
         if not self.experiments:
             return self.meta["start"], "baseline"
         done = {experiment.commit for experiment in self.experiments}
