@@ -298,7 +298,7 @@ class Lab:
     def look(self):
         """Read what the tag has found so far, changing nothing."""
         self.meta = self.read_meta()
-        if (self.folder / "results.tsv").exists():
+        if self.owner() not in (None, self.tag):
             self.book = self.folder / "results.tsv"
         self.load()
 
@@ -327,11 +327,14 @@ class Lab:
                 f"(git checkout {self.meta['start']} -- prepare.py) or start another --tag"
             )
 
+    def owner(self):
+        """The tag that results.tsv belongs to, or None where nobody knows."""
+        with contextlib.suppress(OSError):
+            return (HERE / "runs" / "current").read_text().strip()
+
     def fetch_book(self):
         """Make results.tsv this tag's book: file another tag's away under runs/, and bring ours back."""
-        current = HERE / "runs" / "current"
-        owner = current.read_text().strip() if current.exists() else None
-        rows = read_book(self.book)
+        owner, rows = self.owner(), read_book(self.book)
         if not owner and rows and {row.commit for row in rows} <= set(self.repository.candidates(self.tag)):
             owner = self.tag
         if self.book.exists() and owner != self.tag:
@@ -339,7 +342,7 @@ class Lab:
             home.parent.mkdir(parents=True, exist_ok=True)
             self.book.replace(home)
             self.say(f"results.tsv belonged to another tag; it is now {home.relative_to(HERE)}")
-        prepare.write_atomically(current, self.tag + "\n")
+        prepare.write_atomically(HERE / "runs" / "current", self.tag + "\n")
         if not self.book.exists() and (self.folder / "results.tsv").exists():
             (self.folder / "results.tsv").replace(self.book)
 
