@@ -21,6 +21,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -432,6 +433,11 @@ class Lab:
         scores, memory, baseline = [], 0.0, not self.experiments
         while True:
             result = self.trial(commit, len(scores))
+            if result["outcome"] != "ok" and baseline:
+                shutil.rmtree(self.folder / commit / str(len(scores)))  # so that the next start tries again
+                raise Trouble(
+                    f"the baseline does not run: {result['reason']}; mend train.py or the machine, start again"
+                )
             if result["outcome"] != "ok":
                 return Experiment(commit, 0.0, 0.0, "crash", description), result["reason"]
             scores.append(result["val_bpb"])
@@ -553,12 +559,13 @@ class Search:
                 )
 
     def drawn(self, constants, chance):
-        """Single steps and pairs of steps, in random order, without end of interest after a few thousand."""
+        """Single steps and pairs of steps in random order: bold ones first, since noise drowns small effects."""
         names = [name for name, constant in constants.items() if steps(constant.value)]
         weights = [4 if self.IMPORTANT.search(name) else 1 for name in names]
-        for _ in range(5000 if names else 0):
+        for attempt in range(5000 if names else 0):
             chosen = dict.fromkeys(chance.choices(names, weights, k=chance.choice((1, 1, 1, 2))))
-            yield {name: chance.choice(steps(constants[name].value)) for name in chosen}
+            reach = 2 if attempt < 500 else None
+            yield {name: chance.choice(steps(constants[name].value)[:reach]) for name in chosen}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -598,16 +605,14 @@ def set_constants(source, constants, new):
 
 
 def steps(value):
-    """Neighbours of a constant's value worth trying, as source text; [] for one with none."""
+    """Neighbours of a constant's value worth trying, as source text, the bold ones first; [] for one with none."""
     if type(value) is int and value > 0:
-        power_of_two = value > 8 and value & (value - 1) == 0
-        near = {value // 2, value * 2} if power_of_two else {round(value * 0.7), round(value * 1.4)}
-        near |= {value - 1, value + 1} if value < 8 else set()
-        return [str(step) for step in sorted(near - {0, value})]
-    if type(value) is float and 0.5 < value < 1:  # a decay: what counts is its distance from one
-        return [f"{1 - (1 - value) * f:.4g}" for f in (0.5, 0.7, 1.4, 2.0) if (1 - value) * f < 1]
+        near = [value // 2, value * 2, round(value * 0.7), round(value * 1.4)]
+        return [str(step) for step in dict.fromkeys(near) if step not in (0, value)]
+    if type(value) is float and 0.5 < value < 1:  # a decay or a share: what counts is its distance from one
+        return [f"{1 - (1 - value) * factor:.4g}" for factor in (0.5, 2.0, 0.7, 1.4)]
     if type(value) is float and value > 0:
-        return [f"{value * f:.3g}" for f in (0.5, 0.7, 1.4, 2.0)]
+        return [f"{value * factor:.3g}" for factor in (0.5, 2.0, 0.7, 1.4)]
     return []
 
 

@@ -72,7 +72,7 @@ class Task:
     @property
     def grace(self):
         """Seconds by which a submission may be late."""
-        return 2.0 + 0.01 * self.time_budget
+        return 3.0 + 0.01 * self.time_budget
 
     @property
     def startup_limit(self):

@@ -180,6 +180,15 @@ def test_another_tag_files_the_book_away_and_coming_back_brings_it_back(reposito
     assert book(repository) == first
 
 
+def test_a_baseline_that_does_not_run_ends_the_loop_with_the_reason_and_can_be_mended(repository, loop, git):
+    train_py = repository / "train.py"
+    train_py.write_text(train_py.read_text().replace("CRASH = 0", "CRASH = 1"))
+    git("commit", "-qam", "broken")
+    for _ in range(2):
+        refused(loop(*QUICK, "--max-experiments", "0", "--greedy"), "the baseline does not run: exit code 1")
+    assert not (repository / "results.tsv").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one sentence, exit code 2, nothing changed
 
@@ -301,11 +310,11 @@ def test_the_search_finds_literal_constants_and_changes_only_their_text():
 
 
 def test_steps_are_sensible_for_the_kind_of_constant():
-    assert agent_loop.steps(1024) == ["512", "2048"]
+    assert agent_loop.steps(1024) == ["512", "2048", "717", "1434"]
     assert agent_loop.steps(1) == ["2"]
-    assert set(agent_loop.steps(3)) == {"2", "4"}
-    assert agent_loop.steps(0.95) == ["0.975", "0.965", "0.93", "0.9"]
-    assert agent_loop.steps(0.04) == ["0.02", "0.028", "0.056", "0.08"]
+    assert agent_loop.steps(3) == ["1", "6", "2", "4"]
+    assert agent_loop.steps(0.95) == ["0.975", "0.9", "0.965", "0.93"]
+    assert agent_loop.steps(0.04) == ["0.02", "0.08", "0.028", "0.056"]
     assert agent_loop.steps(0) == agent_loop.steps(True) == agent_loop.steps("x") == []
 
 
@@ -338,7 +347,7 @@ def test_the_search_never_repeats_itself_and_says_when_it_has_nothing_left():
 
 def test_the_search_goes_one_step_further_after_a_kept_change():
     draft = agent_loop.Search().draft(Lab("A_LR 0.02 -> 0.04"))
-    assert draft.description == "A_LR 0.04 -> 0.056"
+    assert draft.description == "A_LR 0.04 -> 0.08"
 
 
 def test_descriptions_are_one_line_without_control_characters():
