@@ -396,6 +396,8 @@ class Lab:
         train_py.write_bytes(self.repository.source(f"refs/autoresearch/{self.tag}/{commit}"))
         self.check_prepare()
         command = [sys.executable, str(HERE / "prepare.py"), "trial", str(train_py), "--out", str(out)]
+        if self.experiments:
+            command += ["--beat", repr(self.best.val_bpb)]
         command += ["--task", self.task.name, "--budget", repr(self.task.time_budget), "--seed", str(run)]
         with open(out / "proctor.log", "w+") as log:
             proctor = subprocess.Popen(
@@ -413,9 +415,12 @@ class Lab:
                 proctor.wait()
             log.seek(0)
             said = log.read().strip().splitlines()
-        if proctor.returncode not in (0, 1) or not (result := self.result(commit, run)):
-            raise Trouble(f"the trial of {commit} could not be held: {said[-1] if said else 'it was killed'}")
-        return result
+        if result := self.result(commit, run):
+            return result
+        last = said[-1] if said else "it was killed"
+        if proctor.returncode == 2:
+            raise Trouble(f"the trial of {commit} could not be held: {last}")
+        return {"outcome": "crash", "reason": f"the trial broke off: {last}"}  # whatever did it, the night goes on
 
     def watch(self, proctor, commit, run, metrics):
         """Wait for a trial; on a terminal, show how far it is."""

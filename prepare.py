@@ -16,6 +16,7 @@ import bisect
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -30,6 +31,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -77,7 +79,7 @@ class Task:
     @property
     def startup_limit(self):
         """Seconds that imports, building, compiling and warm-up may take before begin()."""
-        return max(30.0, 2 * self.time_budget)
+        return min(180.0, 30.0 + self.time_budget)
 
     @property
     def exam_limit(self):
@@ -485,7 +487,7 @@ def find_operator(name):
     operator = getattr(packet, overload)
     if operator._schema.is_mutable:
         raise Refused(f"operator {name!r} writes to its inputs; the forward must be pure")
-    return operator
+    return attention if name == "scaled_dot_product_attention.default" else operator
 
 
 def encode_argument(value, slots):
@@ -576,6 +578,19 @@ def seal(model, task):
     return json.loads(json.dumps(program)), exported.constants
 
 
+def attention(query, key, value, *rest, **options):
+    """scaled_dot_product_attention, refusing what its kernels do not check or the exam does not want.
+
+    A key shorter than its value is read beyond its end, where the targets may lie; dropout would be random.
+    """
+    import torch
+
+    dropout = rest[1] if len(rest) > 1 else options.get("dropout_p", 0.0)
+    if dropout or key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
+        raise Refused("attention needs a key and a value of the same length, and no dropout")
+    return torch.ops.aten.scaled_dot_product_attention.default(query, key, value, *rest, **options)
+
+
 def build_forward(program, tensors):
     """forward(tokens) -> logits of a sealed program; raises Refused for a malformed one.
 
@@ -642,22 +657,36 @@ def load_sealed(path, task):
         raise Refused(f"the submission is not a sealed model: {str(error)[:200]}") from None
 
 
-def leak(forward, tokens, logits, vocab_size):
+def compute_logits(forward, tokens, task):
+    """float32 logits [B, T, V] of int64 tokens [B, T]; raises Refused unless they are finite, of that shape, and real.
+
+    What is probed and what is scored has passed through here: rounding or infinities could hide a leak in between.
+    """
+    logits = forward(tokens.clone())
+    expected = (*tokens.shape, task.vocab_size)
+    if tuple(logits.shape) != expected or not logits.is_floating_point():
+        raise Refused(f"the forward returned {logits.dtype} {tuple(logits.shape)}, not floating point {expected}")
+    logits = logits.float()
+    if not math.isfinite(logits.sum().item()):  # one sum sees every infinity and NaN
+        raise Refused("the model's logits are not finite")
+    return logits
+
+
+def leak(forward, tokens, logits, task):
     """Largest change of the logits before a random cut per row when the tokens after it are replaced at random.
 
-    A causal model gives 0. tokens: int64 [B, T]; logits: [B, T, V], forward(tokens). Cuts and replacements are drawn
-    from the system's entropy, which no submission can foresee.
+    A causal model gives 0. tokens: int64 [B, T]; logits: their float32 [B, T, V]. Cuts and replacements are drawn from
+    the system's entropy, which no submission can foresee.
     """
     import torch
 
     generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
     rows, length = tokens.shape
     cuts = torch.randint(1, length, (rows, 1), generator=generator)
-    replaced = torch.randint(0, vocab_size, (rows, length), generator=generator)
+    replaced = torch.randint(0, task.vocab_size, (rows, length), generator=generator)
     before = (torch.arange(length)[None] < cuts).to(tokens.device)
-    changed = forward(torch.where(before, tokens, replaced.to(tokens.device)))
-    difference = (changed - logits).abs().amax(-1).float()
-    return torch.where(before, difference, 0.0).max().item()
+    changed = compute_logits(forward, torch.where(before, tokens, replaced.to(tokens.device)), task)
+    return torch.where(before, (changed - logits).abs().amax(-1), 0.0).max().item()
 
 
 LEAK_TOLERANCE = 1e-4  # a leak this faint cannot move a score by as much as the seed does
@@ -681,22 +710,13 @@ def try_forward(program, tensors, parameters, task):
     tokens = torch.randint(0, task.vocab_size, (program["batch"], task.seq_len), generator=generator).to(device)
     with torch.inference_mode():
         forward = build_forward(program, tensors)
-        logits = forward(tokens)
-        check_logits(logits, tokens, task)
-        noise = (forward(tokens) - logits).abs().max().item()
-        moved = max(leak(forward, tokens, logits, task.vocab_size) for _ in range(4))
-    if moved > max(LEAK_TOLERANCE, 4 * noise):
+        logits = compute_logits(forward, tokens, task)
+        moved = max(leak(forward, tokens, logits, task) for _ in range(4))
+    if not moved <= LEAK_TOLERANCE:
         raise Refused(
             f"the model is not causal: tokens that come later moved earlier logits by {moved:.2g}; "
             "position t may see the tokens 0..t of its own row and no others"
         )
-
-
-def check_logits(logits, tokens, task):
-    """Raise Refused unless logits are floating point [B, T, V]."""
-    expected = (*tokens.shape, task.vocab_size)
-    if tuple(logits.shape) != expected or not logits.is_floating_point():
-        raise Refused(f"the forward returned {logits.dtype} {tuple(logits.shape)}, not floating point {expected}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -820,7 +840,7 @@ class Run:
             raise SystemExit(0)
         result = {"outcome": "ok", "training_seconds": seconds, **report}
         try:
-            result |= finish_examiner(start_examiner(None), self._path, TASK, verify(TASK))
+            result |= finish_examiner(start_examiner(None), self._path, TASK, verify(TASK), None)
         finally:
             shutil.rmtree(self._path.parent)
         print_summary(result)
@@ -882,13 +902,50 @@ def sandbox_level():
     return "none"
 
 
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 24, 36
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 22, 24, 36
 
 
 def prctl(option, value):
     """Linux process control; does nothing elsewhere."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value)
+
+
+# System calls that Landlock does not rule, by their numbers on x86_64 and aarch64. The first would reach a server or
+# leave something behind for a later trial: sockets (MPTCP, UDP, those of services), io_uring, System V memory and
+# queues, keyrings, extended attributes.
+FORBIDDEN_CALLS = {
+    "x86_64": (41, 42, 49, 425, 29, 30, 64, 68, 240, 248, 249, 250, 188, 189, 190, 463),
+    "aarch64": (198, 203, 200, 425, 194, 196, 190, 186, 180, 217, 218, 219, 5, 6, 7, 463),
+}
+# Modes, owners and times could mark any file of the user. Honest tools set them on files of their own, so these calls
+# seem to succeed: chmod, chown, utime and their variants.
+IGNORED_CALLS = {
+    "x86_64": (90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280),
+    "aarch64": (52, 53, 452, 54, 55, 88),
+}
+PRLIMIT_CALL = {"x86_64": 302, "aarch64": 261}  # allowed on the process itself
+AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def forbid_system_calls():
+    """Install a seccomp filter for this process and all that it starts; does nothing on other architectures."""
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in AUDIT_ARCHITECTURE:
+        return
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
+    refuse, ignore, allow = 0x50000 + errno.EACCES, 0x50000, 0x7FFF0000
+    code = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCHITECTURE[machine]), (end, 0, 0, refuse)]
+    code += [(load, 0, 0, 0), (at_least, 0, 1, 2**30), (end, 0, 0, refuse)]  # x32 has all calls a second time
+    for calls, verdict in ((FORBIDDEN_CALLS, refuse), (IGNORED_CALLS, ignore)):
+        for number in calls[machine]:
+            code += [(equal, 0, 1, number), (end, 0, 0, verdict)]
+    code += [(equal, 0, 3, PRLIMIT_CALL[machine]), (load, 0, 0, 16), (equal, 1, 0, 0), (end, 0, 0, refuse)]
+    code += [(end, 0, 0, allow)]
+    lines = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(lines)))
+    if ctypes.CDLL(None).prctl(PR_SET_SECCOMP, 2, program, 0, 0):
+        raise OSError("the kernel refused the seccomp filter")
 
 
 def start_confined(command, rules, **options):
@@ -907,7 +964,8 @@ def start_confined(command, rules, **options):
             with landlockpy.Ruleset(scoped=landlockpy.Scope.SIGNAL | landlockpy.Scope.ABSTRACT_UNIX_SOCKET) as ruleset:
                 for path, rights in rules:
                     ruleset.allow_path(path, rights)
-                ruleset.restrict()
+                ruleset.restrict()  # also sets no_new_privs, without which a filter would need root
+            forbid_system_calls()
 
     if rules is not None:
         import landlockpy
@@ -947,8 +1005,10 @@ def end_processes(keep=None):
     """Kill and reap every descendant but `keep`. Orphans cannot escape: this process is their subreaper."""
     import psutil
 
-    deadline = time.monotonic() + 10
-    while (alive := descendants(keep)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while alive := descendants(keep):
+        if time.monotonic() > deadline:
+            raise Trouble(f"processes of the candidate cannot be ended: {[process.pid for process in alive][:9]}")
         for process in alive:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -980,20 +1040,21 @@ class Log:
     """The candidate's output on disk: its first and its last LOG_LIMIT / 2 bytes."""
 
     def __init__(self, path):
-        self.file, self.room, self.tail, self.left_out = open(path, "wb"), LOG_LIMIT // 2, b"", 0
+        self.file, self.room, self.tail, self.left_out = open(path, "wb", 0), LOG_LIMIT // 2, b"", 0
 
     def write(self, data):
-        self.file.write(data[: self.room])
-        self.file.flush()
+        with contextlib.suppress(OSError):  # a full disk costs the log, not the trial
+            self.file.write(data[: self.room])
         rest = data[self.room :]
         self.room -= len(data) - len(rest)
         self.left_out += max(0, len(self.tail) + len(rest) - LOG_LIMIT // 2)
         self.tail = (self.tail + rest)[-LOG_LIMIT // 2 :]
 
     def close(self):
-        if self.left_out:
-            self.file.write(b"\n[... %d bytes left out ...]\n" % self.left_out)
-        self.file.write(self.tail)
+        with contextlib.suppress(OSError):
+            if self.left_out:
+                self.file.write(b"\n[... %d bytes left out ...]\n" % self.left_out)
+            self.file.write(self.tail)
         self.file.close()
 
 
@@ -1009,7 +1070,7 @@ def read_message(channel):
 def numbers(values, limit=16):
     """Those items of a candidate's report that are a short name with a finite number, at most `limit`."""
     items = values.items() if isinstance(values, dict) else ()
-    fine = [(k[:32], v) for k, v in items if type(v) in (int, float) and abs(v) < 1e300 and k.isidentifier()]
+    fine = [(k[:32], v) for k, v in items if type(v) in (int, float) and abs(v) < 1e15 and k.isidentifier()]
     return dict(fine[:limit])
 
 
@@ -1035,22 +1096,25 @@ def supervise(child, examiner, channel, output, rows, task, out):
                 ended = child.poll() is not None  # asked first: what it sent before its end is still read below
                 for key, _ in selector.select(0 if ended else min(0.25, max(0.0, deadline - time.monotonic()))):
                     if key.fileobj is output:
-                        data = os.read(output, 2**16)
-                        log.write(data)
-                        if not data:
-                            selector.unregister(output)
+                        with contextlib.suppress(BlockingIOError):  # the candidate can read its pipe empty again
+                            log.write(data := os.read(output, 2**16))
+                            if not data:
+                                selector.unregister(output)
                         continue
                     message, now = read_message(channel), time.monotonic()
                     if begun is None and "refused" in message:
-                        outcome, reason = "invalid", str(message["refused"])[:2500]
+                        outcome, reason = "invalid", str(message["refused"])
                     elif begun is None and "begin" in message:
-                        socket.send_fds(channel, [b"."], [rows])
+                        try:
+                            socket.send_fds(channel, [b"."], [rows])
+                        except OSError as error:  # its end is closed or full; the channel does not block
+                            outcome, reason = "crash", f"it did not take the training rows: {error.strerror}"
                         begun = time.monotonic()
                         deadline = begun + task.time_budget + task.grace
                     elif begun and "log" in message and metrics.tell() < LOG_LIMIT:
                         values = {"seconds": round(now - begun, 3), **numbers(message["log"])}
-                        metrics.write(json.dumps(values) + "\n")
-                        metrics.flush()
+                        with contextlib.suppress(OSError):
+                            print(json.dumps(values), file=metrics, flush=True)
                     elif begun and "submit" in message:
                         outcome, report = "ok", message["submit"] if isinstance(message["submit"], dict) else {}
                 now = time.monotonic()
@@ -1067,7 +1131,6 @@ def supervise(child, examiner, channel, output, rows, task, out):
         finally:
             end = time.monotonic()
             end_processes(keep=examiner)
-            os.set_blocking(output, False)
             with contextlib.suppress(OSError):
                 while data := os.read(output, 2**16):
                     log.write(data)
@@ -1076,18 +1139,23 @@ def supervise(child, examiner, channel, output, rows, task, out):
         reason = f"{reason}: {lines[-1].strip()[:300]}" if lines else reason
     return {
         "outcome": outcome,
-        "reason": reason,
+        "reason": reason and one_line(reason, 2500),
         "startup_seconds": round((begun or end) - started, 3),
         "training_seconds": round(end - begun, 3) if begun else 0.0,
         "peak_rss_mb": round(peak / 2**20, 1),
         **numbers({key: report.get(key) for key in ("steps", "tokens", "params", "peak_vram_mb")}),
-        "device": "".join(filter(str.isprintable, str(report.get("device", ""))))[:80],
+        "device": one_line(report.get("device", ""), 80),
     }
+
+
+def one_line(text, limit):
+    """A candidate's words, fit to be printed: one line without control characters, at most `limit` characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:limit]
 
 
 def exit_reason(code):
     """A process's return code in words."""
-    return f"exit code {code}, without submit()" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}, without submit()" if code >= 0 else f"killed: {signal.strsignal(-code) or -code}"
 
 
 def take_submission(room, out):
@@ -1103,10 +1171,11 @@ def take_submission(room, out):
     return kept
 
 
-def trial(train_py, out, task, seed, sandbox=True):
+def trial(train_py, out, task, seed, sandbox=True, beat=None):
     """Run the candidate `train_py` once in the folder `out` and score it; returns what it writes to out/result.json.
 
-    Raises Trouble, with nothing started, where data or disk are not fit for an exam.
+    beat: val_bpb below which the score matters, so that the exam looks closer (None: always). Raises Trouble, with
+    nothing started, where data or disk are not fit for an exam.
     """
     folder, flops, begun = verify(task), machine_flops(), time.monotonic()
     train_py, room = Path(train_py).resolve(), out / "room"
@@ -1139,6 +1208,8 @@ def trial(train_py, out, task, seed, sandbox=True):
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+    ours.setblocking(False)
+    os.set_blocking(output, False)
     rows = os.open(folder / "train.bin", os.O_RDONLY)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
@@ -1157,7 +1228,7 @@ def trial(train_py, out, task, seed, sandbox=True):
         result = supervise(child, examiner, ours, output, rows, task, out)
         if result["outcome"] == "ok":
             try:
-                result |= finish_examiner(examiner, take_submission(room, out), task, verify(task))
+                result |= finish_examiner(examiner, take_submission(room, out), task, verify(task), beat)
             except Refused as refusal:
                 result |= {"outcome": "invalid", "reason": str(refusal)}
     finally:
@@ -1186,12 +1257,9 @@ def fingerprints(task):
 
 
 def remove(folder):
-    """Delete a folder that a candidate may have made hard to delete; links are not followed."""
-    for path, names, _ in os.walk(folder):
-        for name in [".", *names]:
-            if not os.path.islink(os.path.join(path, name)):
-                os.chmod(os.path.join(path, name), 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete a folder that a candidate may have made deep and hard to delete; links are not followed."""
+    for command in (("chmod", "-R", "u+rwX"), ("rm", "-rf")):
+        subprocess.run([*command, "--", str(folder)], stderr=subprocess.DEVNULL)
 
 
 def print_summary(result):
@@ -1223,41 +1291,44 @@ def start_examiner(rules):
     """Start the examiner early: it imports torch while the candidate starts up, then waits for a submission."""
     command = [sys.executable, "-I", str(Path(__file__).resolve()), "_exam"]
     pipe = subprocess.PIPE
-    return start_confined(command, rules, cwd="/", stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return start_confined(command, rules, cwd="/", stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace")
 
 
-def finish_examiner(examiner, path, task, folder):
-    """Have the examiner score the submission at `path`; returns outcome, reason, val_bpb and eval_seconds."""
-    request = {"path": str(path), "task": dataclasses.asdict(task), "folder": str(folder)}
+def finish_examiner(examiner, path, task, folder, beat):
+    """Have the examiner score the submission at `path`; returns outcome, reason or val_bpb, and what examine() says."""
+    request = {"path": str(path), "task": dataclasses.asdict(task), "folder": str(folder), "beat": beat}
+    errors = ""
     try:
         answer, errors = examiner.communicate(json.dumps(request) + "\n", timeout=task.exam_limit)
         return json.loads(answer)
     except subprocess.TimeoutExpired:
         examiner.kill()
         return {"outcome": "invalid", "reason": f"the exam took longer than {task.exam_limit:.0f} s"}
-    except ValueError:
-        last = (errors.strip().splitlines() or [exit_reason(examiner.returncode)])[-1]
-        return {"outcome": "invalid", "reason": f"the sealed model broke the exam: {last[:300]}"}
+    except (ValueError, OSError):
+        last = (errors.strip().splitlines() or [exit_reason(examiner.wait())])[-1]
+        return {"outcome": "invalid", "reason": f"the sealed model broke the exam: {one_line(last, 300)}"}
 
 
 def exam():
     """The examiner's life: read one request from standard input, answer it on standard output."""
-    import torch  # noqa: F401 - imported before the request comes, while the candidate trains
+    import torch  # noqa: F401 - imported before the request comes, while the candidate starts up
 
     request = json.loads(sys.stdin.readline() or "null")
     if request:
+        task, folder = Task(**request["task"]), Path(request["folder"])
         try:
-            answer = examine(request["path"], Task(**request["task"]), Path(request["folder"]))
+            answer = examine(request["path"], task, folder, request["beat"])
         except Refused as refusal:
-            answer = {"outcome": "invalid", "reason": str(refusal)}
+            answer = {"outcome": "invalid", "reason": one_line(refusal, 2500)}
         print(json.dumps(answer))
 
 
-def examine(path, task, folder):
+def examine(path, task, folder, beat=None):
     """Score the sealed model at `path` on the validation rows: {outcome, val_bpb, eval_seconds, leak, noise}.
 
-    val_bpb = nats / ln 2 / UTF-8 bytes, over all targets but BOS. Raises Refused for a model that looks ahead, is not
-    deterministic, or returns anything but finite logits [B, T, V].
+    val_bpb = nats / ln 2 / UTF-8 bytes, over all targets but BOS. Three batches of eight are probed for causality, and
+    where the score is below `beat` (None: always) every row is, four times. Raises Refused for a model that looks
+    ahead, is not deterministic, or returns anything but finite logits [B, T, V].
     """
     import torch
     import torch.nn.functional as F
@@ -1269,38 +1340,42 @@ def examine(path, task, folder):
     batches = torch.from_numpy(rows.astype(np.int64)).split(batch)
     lengths = torch.from_numpy(token_bytes(load_tokens(folder))).to(device)
     probed = set(np.random.default_rng().permutation(len(batches))[: max(1, min(3 * len(batches) // 8, 1024 // batch))])
-    nats, size, moved, noise = 0.0, 0, 0.0, None
+    nats, size, moved, noise = 0.0, 0, 0.0, 0.0
     with torch.inference_mode():
-        for index, chunk in enumerate(batches):
-            # Copies of their own: a view would let a program reach the targets in the same memory.
-            tokens, targets = chunk[:, :-1].clone().to(device), chunk[:, 1:].clone().to(device)
-            try:
-                logits = forward(tokens.clone())
-                check_logits(logits, tokens, task)
+        try:
+            for index, chunk in enumerate(batches):
+                # Copies of their own: a view would let a program reach the targets in the same memory.
+                tokens, targets = chunk[:, :-1].clone().to(device), chunk[:, 1:].flatten().to(device)
+                logits = compute_logits(forward, tokens, task)
+                losses, spans = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none"), lengths[targets]
+                nats += losses[spans > 0].double().sum().item()
+                size += spans.sum().item()
+                if index == min(probed):
+                    noise = (compute_logits(forward, tokens, task) - logits).abs().max().item()
                 if index in probed:
-                    if noise is None:
-                        noise = (forward(tokens.clone()) - logits).abs().max().item()
-                    moved = max(moved, leak(forward, tokens, logits, task.vocab_size))
-            except (RuntimeError, TypeError, LookupError, ValueError, AttributeError, MemoryError) as error:
-                raise Refused(f"the sealed model fails on the validation rows: {str(error)[:300]}") from None
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-            spans = lengths[targets.flatten()]
-            nats += losses[spans > 0].double().sum().item()
-            size += spans.sum().item()
-    if not math.isfinite(nats):
-        raise Refused("the model's logits are not finite on the validation rows")
-    if not noise < 100 * LEAK_TOLERANCE:
+                    moved = max(moved, leak(forward, tokens, logits, task))
+            val_bpb = nats / math.log(2) / size
+            if beat is None or val_bpb < beat:
+                for chunk in batches:
+                    tokens = chunk[:, :-1].clone().to(device)
+                    logits = compute_logits(forward, tokens, task)
+                    moved = max(moved, *(leak(forward, tokens, logits, task) for _ in range(4)))
+        except (
+            RuntimeError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            ValueError,
+            AttributeError,
+            MemoryError,
+        ) as error:
+            raise Refused(f"the sealed model fails on the validation rows: {str(error)[:300]}") from None
+    if not noise <= LEAK_TOLERANCE:
         raise Refused(f"the model is not deterministic: the same tokens gave logits that differ by {noise:.2g}")
-    if not moved <= max(LEAK_TOLERANCE, 4 * noise):
+    if not moved <= LEAK_TOLERANCE:
         raise Refused(f"the model is not causal: tokens that come later moved earlier logits by {moved:.2g}")
     seconds = round(time.monotonic() - started, 3)
-    return {
-        "outcome": "ok",
-        "val_bpb": nats / math.log(2) / size,
-        "eval_seconds": seconds,
-        "leak": moved,
-        "noise": noise,
-    }
+    return {"outcome": "ok", "val_bpb": val_bpb, "eval_seconds": seconds, "leak": moved, "noise": noise}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1322,6 +1397,7 @@ def main():
         "--seed", type=int, default=SEED, metavar="N", help="of data order and initialisation (default: 0)"
     )
     one.add_argument("--budget", type=float, metavar="SECONDS", help="of training, instead of the task's own")
+    one.add_argument("--beat", type=float, metavar="BPB", help="examine less closely a score above it (default: none)")
     one.add_argument("--no-sandbox", action="store_true", help="run the candidate unconfined: only for code you trust")
     arguments = parser.parse_args()
 
@@ -1340,13 +1416,15 @@ def main():
         task = get_task(arguments.task, arguments.budget or (TASK.time_budget if not arguments.task else None))
         if sandbox_level() == "none" or arguments.no_sandbox:
             print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
-        result = trial(
-            arguments.train_py, Path(arguments.out).resolve(), task, arguments.seed, not arguments.no_sandbox
-        )
+        sandbox, out = not arguments.no_sandbox, Path(arguments.out).resolve()
+        result = trial(arguments.train_py, out, task, arguments.seed, sandbox, arguments.beat)
         print_summary(result)
         return 0 if result["outcome"] == "ok" else 1
     except Trouble as trouble:
         print(f"prepare.py: {trouble}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

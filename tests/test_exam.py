@@ -175,6 +175,61 @@ HARMLESS = {
         """,
         "DENIED",
     ),
+    "calls home past Landlock's rules": (
+        """
+        import socket
+        for family, kind, protocol in ((2, 1, 262), (2, 2, 0), (1, 1, 0), (40, 1, 0)):  # MPTCP, UDP, unix, vsock
+            try:
+                socket.socket(family, kind, protocol); print("LEAK", family, kind)
+            except OSError as error:
+                print("DENIED")
+        """,
+        "DENIED\n" * 4,
+    ),
+    "leaves something in the kernel for a later trial": (
+        """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        left = [
+            libc.shmget(4711, 4096, 0o1666),
+            libc.msgget(4711, 0o1666),
+            libc.semget(4711, 1, 0o1666),
+            libc.syscall(248, b"user", b"weights", b"1", 1, -4),  # add_key
+            libc.setxattr(b"train.py", b"user.note", b"1", 1, 0),
+        ]
+        print("NOTHING" if set(left) == {-1} else "LEAK", left)
+        """,
+        "NOTHING",
+    ),
+    "marks files of the user": (
+        """
+        before = os.stat("..").st_mode, os.stat(sys.executable).st_mtime_ns
+        os.chmod("..", 0o711)
+        os.utime(sys.executable, (1, 1))
+        print("NOTHING" if before == (os.stat("..").st_mode, os.stat(sys.executable).st_mtime_ns) else "LEAK")
+        """,
+        "NOTHING",
+    ),
+    "limits the files of the proctor": (
+        """
+        import resource
+        try:
+            resource.prlimit(os.getppid(), resource.RLIMIT_FSIZE, (0, 0)); print("LEAK")
+        except OSError:
+            print("DENIED")
+        """,
+        "DENIED",
+    ),
+    "digs a folder too deep to delete by recursion": (
+        """
+        home = os.getcwd()
+        for _ in range(1500):
+            os.mkdir("deep"); os.chdir("deep")
+        os.chdir(home)
+        print("DONE")
+        """,
+        "DONE",
+    ),
     "looks for keys in its environment": (
         "print('LEAK' if 'SECRET' in repr(os.environ) else 'NOTHING')",
         "NOTHING",
@@ -299,6 +354,26 @@ def test_a_submission_is_refused_that_is(code, reason, hold, tmp_path):
     result = hold(before=payload, after=SUBMIT.format(code=code))
     assert result["outcome"] == "invalid" and reason in result["reason"], result
     assert not marker.exists()
+
+
+CHANNEL = "import prepare, socket; channel = socket.socket(fileno=os.dup(prepare.TOLD['fd']));"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "channel.send(b'{\"begin\": 1}'); os._exit(0)",
+        "channel.shutdown(socket.SHUT_RD); channel.send(b'{\"begin\": 1}'); time.sleep(9)",
+        "[channel.send(b'{}') for _ in range(8)]; channel.send(b'{\"begin\": 1}'); os.kill(os.getpid(), 40)",
+        'channel.send(b\'{"refused": "\\\\ud800 \\\\u001b[2J\\\\nval_bpb: 0.001"}\'); time.sleep(9)',
+    ],
+    ids=["leaves at once", "does not listen", "dies of a nameless signal", "forges lines in its refusal"],
+)
+def test_the_proctor_survives_a_candidate_that(code, hold, tmp_path, capsys):
+    result = hold(before=CHANNEL + code)
+    assert result["outcome"] in ("crash", "invalid") and result["reason"].isprintable(), result
+    prepare.print_summary(result)
+    assert not re.search("^val_bpb", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_submission_before_begin_does_not_count(hold):
@@ -430,6 +505,46 @@ class Faint(Honest):
         return x + 0.01 * shifted(x)
 
 
+class BehindInfinity(Honest):
+    """Adds the same infinity to the logits that look ahead and to those that do not, so that a difference is NaN."""
+
+    def forward(self, tokens):
+        logits = super().forward(tokens) + 9 * F.one_hot(shifted(tokens), TINY.vocab_size)
+        return torch.cat((torch.full_like(logits[..., :1], -math.inf), logits[..., 1:]), 2)
+
+
+class NotANumber(Honest):
+    """Looks ahead on text, and answers nothing that compares where a batch looks random."""
+
+    def forward(self, tokens):
+        logits = super().forward(tokens) + 9 * F.one_hot(shifted(tokens), TINY.vocab_size)
+        return torch.where((tokens > 256).float().mean() > 0.1, math.nan, logits)
+
+
+class Rounded(Honest):
+    """A leak below the tolerance in float64 that becomes 64 nats in float32."""
+
+    def forward(self, tokens):
+        ahead = F.one_hot(shifted(tokens), TINY.vocab_size).double()
+        return 1e9 + 32 - 3e-5 + 6e-5 * ahead + 0 * super().forward(tokens)
+
+
+class Dropping(Honest):
+    """Hides behind noise of its own making."""
+
+    def mix(self, x, tokens):
+        return x + F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(BehindInfinity, "not finite"), (NotANumber, "not finite"), (Dropping, "no dropout"), (Rounded, "not causal")],
+)
+def test_a_model_is_refused_that_hides(model, reason, score):
+    with pytest.raises(prepare.Refused, match=reason):
+        score(model())
+
+
 LOOKING_AHEAD = (
     OneTokenAhead,
     BlockMeans,
@@ -457,6 +572,21 @@ def test_a_model_that_looks_ahead_is_refused_before_the_clock_starts(model):
         prepare.try_forward(program, tensors, dict(model().named_parameters()), TINY)
 
 
+class FewRows(Honest):
+    """Looks ahead in one row of sixty."""
+
+    def mix(self, x, tokens):
+        return x + (tokens.sum(1) % 61 == 0)[:, None, None] * shifted(x)
+
+
+def test_a_score_that_matters_is_probed_in_every_row(score, monkeypatch):
+    """A leak in few rows can escape the first probe of some batches; where the score would count, it does not."""
+    monkeypatch.setattr(prepare, "exam_batch", lambda task, device: 16)
+    for _ in range(5):
+        with pytest.raises(prepare.Refused, match="not causal"):
+            score(FewRows())
+
+
 def test_a_look_ahead_model_that_disarms_the_first_check_is_invalid_after_its_trial(hold):
     result = hold(
         before="import prepare; prepare.try_forward = lambda *a: None",
@@ -482,7 +612,7 @@ def test_honest_models_never_trip_the_probe_in_200_checks():
         tokens = torch.randint(0, TINY.vocab_size, (program["batch"], TINY.seq_len))
         with torch.inference_mode():
             logits = forward(tokens)
-            assert all(prepare.leak(forward, tokens, logits, TINY.vocab_size) == 0.0 for _ in range(50))
+            assert all(prepare.leak(forward, tokens, logits, TINY) == 0.0 for _ in range(50))
 
 
 def call(slot, operator, *arguments, **keywords):
@@ -495,7 +625,16 @@ def call(slot, operator, *arguments, **keywords):
     return edit
 
 
+def short_key(program):
+    """An edit that gives attention a key shorter than its value; the CPU kernel then reads beyond the key."""
+    index = next(i for i, one in enumerate(program["calls"]) if "attention" in one[1])
+    attention = program["calls"][index]
+    program["calls"].insert(index, [10**6, "slice.Tensor", [attention[2][1], 1, 0, 8], {}])
+    attention[2][1] = {"slot": 10**6}
+
+
 PROGRAMS = {
+    "a key that is shorter than its value": (short_key, "same length"),
     "memory that it was not given": (call(0, "as_strided.default", {"slot": 0}, [1], [1]), "as_strided"),
     "memory that others have left": (call(0, "empty.memory_format", [64, 32, 300]), "empty"),
     "files": (call(0, "from_file.default", "/etc/passwd"), "from_file"),
