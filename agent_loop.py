@@ -727,7 +727,7 @@ TOOL = {
 }
 
 # The history's room, in tokens of about three characters. Fifty experiments fill it, and a thousand take no more.
-ROWS_ROOM, DIFFS_ROOM, FAILURES_ROOM = 2500, 1500, 800
+ROWS_ROOM, DIFFS_ROOM, FAILURES_ROOM = 2500, 1000, 800
 STUCK_AFTER = 5  # discards in a row
 
 
@@ -779,7 +779,7 @@ def history(lab, experiments, running):
     counts = ", ".join(f"{sum(e.status == s for e in experiments[:left])} {s}" for s in ("keep", "discard", "crash"))
     parts.append(
         "# Results, oldest first: commit, status, val_bpb, gain over its parent (positive is better), description\n"
-        f"One run varies by {sigma:.6f} (standard deviation) from run to run.\n"
+        + (f"The standard deviation of one run is {sigma:.6f}.\n" if sigma > 0 else "")
         + (f"{left} older ones are left out: {counts}.\n" if left else "")
         + "\n".join(told or ["none yet"])
     )

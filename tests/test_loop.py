@@ -29,7 +29,8 @@ def loop(repository, run):
     return loop
 
 
-QUICK = ("--task", "demo", "--budget", "1", "--tag", "t")
+SEARCH = ("--researcher", "search")
+QUICK = ("--task", "demo", "--budget", "1", "--tag", "t", *SEARCH)
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def book_or_nothing(repository):
 
 
 def test_ctrl_c_ends_the_loop_and_its_trial_cleanly(repository):
-    command = [sys.executable, "agent_loop.py", *QUICK[:2], "--budget", "60", "--tag", "t"]
+    command = [sys.executable, "agent_loop.py", *QUICK, "--budget", "60"]
     running = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list((repository / "runs").glob("t/*/0/metrics.jsonl")):
         time.sleep(0.05)
@@ -173,7 +174,7 @@ def test_an_edited_train_py_is_saved_before_the_best_one_replaces_it(repository,
 def test_another_tag_files_the_book_away_and_coming_back_brings_it_back(repository, loop, git):
     assert loop(*QUICK, "--max-experiments", "0", "--greedy").returncode == 0
     first = book(repository)
-    ended = loop(*QUICK[:4], "--tag", "u", "--max-experiments", "0", "--greedy")
+    ended = loop(*QUICK, "--tag", "u", "--max-experiments", "0", "--greedy")
     assert ended.returncode == 0, ended.stderr
     assert (repository / "runs" / "t" / "results.tsv").exists() and len(book(repository)) == 1
     assert loop(*QUICK, "--max-experiments", "0", "--greedy").returncode == 0
@@ -227,7 +228,7 @@ def test_a_dirty_train_py_is_refused_and_left_alone(repository, loop, git):
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, repository, loop):
-    ended = loop(*arguments)
+    ended = loop(*SEARCH, *arguments)
     assert ended.returncode == 2 and message in ended.stderr and not (repository / "runs").exists()
 
 
@@ -237,7 +238,7 @@ def test_a_machine_without_git_is_told_to_install_it(repository, loop):
 
 def test_a_tag_keeps_its_task_its_budget_and_its_prepare_py(repository, loop):
     assert loop(*QUICK, "--max-experiments", "0", "--greedy").returncode == 0
-    refused(loop("--tag", "t", "--budget", "2"), "give another --tag")
+    refused(loop("--tag", "t", "--budget", "2", *SEARCH), "give another --tag")
     with open(repository / "prepare.py", "a") as file:
         file.write("# a kinder exam\n")
     refused(loop(*QUICK), "prepare.py has changed since tag t was started")

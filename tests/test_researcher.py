@@ -1,0 +1,402 @@
+"""The llm researcher: the real SDK against a scripted server, alone and in the real loop."""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from conftest import ROOT
+from fake_anthropic import (
+    FakeAnthropic,
+    broken_by,
+    call,
+    edit,
+    error,
+    html,
+    refusal,
+    shown_source,
+    spend_limit,
+    text,
+    turn_a_constant,
+)
+from test_loop import book
+
+import agent_loop
+from agent_loop import Experiment, Trouble, apply_proposal, merge, nearest
+
+SOURCE = (ROOT / "tests" / "quick_train.py").read_text()
+GOOD = edit("LR = 0.001", "LR = 0.01", "ten times the rate")
+CHANGED = SOURCE.replace("LR = 0.001", "LR = 0.01")
+
+
+class Lab:
+    """What a researcher asks of a lab, without trials."""
+
+    tag, task, meta = "t", agent_loop.prepare.TASKS["demo"], {"start": "abc1234"}
+    console = types.SimpleNamespace(status=lambda *_: contextlib.nullcontext())
+
+    def __init__(self, folder):
+        self.folder, self.said, self.sources, self.why = folder, [], {"abc1234": SOURCE}, {}
+        self.experiments = [Experiment("abc1234", 1.0, 0.1, "keep", "baseline", [1.0, 1.001, 0.999])]
+        self.repository = types.SimpleNamespace(reasons=lambda tag: self.why)
+
+    best = agent_loop.Lab.best
+
+    def source(self, commit):
+        return self.sources[commit].encode()
+
+    def has_tried(self, source):
+        return source.decode() in self.sources.values()
+
+    def result(self, commit, run):
+        return {"outcome": "ok", "steps": 100, "device": "CPU"}
+
+    def failure(self, commit, room):
+        return f"{commit}: crash: out of luck\n" + "x" * room
+
+    def say(self, line):
+        self.said.append(line)
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(tmp_path)
+
+
+@pytest.fixture
+def ask(lab, monkeypatch):
+    """ask(*script, **arguments): (server, researcher), the latter at the former's door."""
+    servers = []
+
+    def ask(*script, model="claude-opus-5-5", fallback_model=None, max_cost=None):
+        servers.append(FakeAnthropic(script[0] if callable(script[0]) else script))
+        for name, value in servers[-1].environment().items():
+            monkeypatch.setenv(name, value)
+        arguments = argparse.Namespace(model=model, fallback_model=fallback_model, effort="medium", max_cost=max_cost)
+        return servers[-1], agent_loop.Model(arguments)
+
+    monkeypatch.setattr(agent_loop, "waiting_time", lambda failures: 0.01)
+    monkeypatch.setattr(agent_loop, "LONGEST_RETRY_AFTER", 0.1)
+    yield ask
+    for server in servers:
+        server.close()
+
+
+def charged(server):
+    """Dollars for the usage that a server has reported."""
+    return sum(
+        usage[field] * price / 1e6
+        for model, usage in server.usage
+        for field, price in zip(agent_loop.TOKENS.values(), agent_loop.prices(model))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A night in small
+
+
+NIGHT = [
+    html(),
+    error(529, retry_after=1),
+    edit("LR = 0.001", "LR = 0.02", "a higher rate"),  # 1
+    edit("ROWS = 17", "ROWS = 8"),
+    edit("CRASH = 0", "CRASH = 1", "a bad idea"),  # 2, merged onto 1
+    edit("LR", "LR", drop=5),
+    edit("LR", "LR", cut=4),
+    refusal(),
+    call('{"description": "x", "edits": [[}]', cut=10),
+    edit("WIDTH = 32", "WIDTH = 48", "wider\t--hard\x1b[2J"),  # 3, by the fallback
+    edit("ROWS = 16", "ROWS = 16  # per step, really"),
+    edit("torch.manual_seed(SEED)", "torch.manual_seed(SEED + 1)", "without the crash"),  # 4, the repair of 2
+    broken_by("overloaded_error"),
+    edit("LR = ", "LR = = "),
+    text("description: by words\n<<<<<<< SEARCH\nimport torch\n=======\nimport torch\n\nX = 1\n>>>>>>> REPLACE\n"),  # 5
+]
+COMMAND = [sys.executable, "agent_loop.py", "--task", "demo", "--budget", "1", "--tag", "t", "--greedy"]
+
+
+def test_a_night_with_every_fault_goes_through_and_costs_what_the_api_has_charged(repository, run):
+    server = FakeAnthropic(NIGHT)
+    loop = [*COMMAND, "--max-experiments", "5"]
+    ended = run(*loop, cwd=repository, env=os.environ | server.environment())
+    server.close()
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr and len(server.requests) == len(NIGHT)
+    rows = book(repository)
+    descriptions = [
+        "baseline",
+        "a higher rate",
+        "a bad idea",
+        "wider --hard [2J",
+        "repair: without the crash",
+        "by words",
+    ]
+    assert [row[4] for row in rows] == descriptions, ended.stdout
+    assert [row[3] == "crash" for row in rows] == [False, False, True, False, False, False]
+
+    lines = agent_loop.read_costs(repository / "runs" / "t")
+    assert sum(line["usd"] for line in lines) == pytest.approx(charged(server), abs=1e-6) and charged(server) > 0
+    said = run(*COMMAND[:2], "report", cwd=repository).stdout
+    assert f"${charged(server):.2f}" in said and f"{len(lines)} requests" in said
+
+    def git(*arguments):
+        return run("git", *arguments, cwd=repository).stdout
+
+    message = git("log", "-1", "--format=%B", rows[3][0])
+    assert message.startswith("wider --hard [2J\n\nIt should help.\n\nModel: claude-sonnet-5-5\nProgram: ")
+    # The crash was drafted against the baseline and tried on top of the better rate.
+    if rows[1][3] == "keep":
+        crashed = git("show", f"{rows[2][0]}:train.py")
+        assert "LR = 0.02" in crashed and "CRASH = 1" in crashed
+    (repair,) = (
+        request for request in server.requests if "RuntimeError: crashing as asked" in str(request["messages"])
+    )
+    assert len(repair["messages"]) == 5 and "<program_output>" in str(repair["messages"][-1])
+
+
+def test_a_refused_key_ends_the_run_with_the_reason_and_the_same_command_carries_on(repository, run):
+    server = FakeAnthropic([error(401, words="invalid x-api-key")])
+    loop = [*COMMAND, "--max-experiments", "1"]
+    ended = run(*loop, cwd=repository, env=os.environ | server.environment())
+    assert ended.returncode == 2 and "invalid x-api-key" in ended.stderr and ended.stderr.count("\n") == 1
+    assert len(book(repository)) == 1
+    # Ctrl-C while the next answer hangs ends both at once.
+    server.script = lambda request, number: GOOD | {"delay": 60}
+    with subprocess.Popen(
+        loop, cwd=repository, env=os.environ | server.environment(), stderr=subprocess.PIPE, text=True
+    ) as running:
+        while len(server.requests) < 2:
+            time.sleep(0.05)
+        started = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(10) == 130 and time.monotonic() - started < 5
+        assert "Traceback" not in running.stderr.read()
+    server.close()
+
+
+def test_without_a_key_the_loop_says_how_to_get_going_and_changes_nothing(repository, run, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ANTHROPIC_")}
+    ended = run(*COMMAND, cwd=repository, env=environment | {"HOME": str(tmp_path)})
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    for way in ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "--researcher search"):
+        assert way in ended.stderr
+    assert not (repository / "runs").exists() and not (repository / "results.tsv").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The life of an API
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [error(429, retry_after=86400)],
+        [error(500), error(529), error(529)],
+        [broken_by("api_error")],
+        [edit("a", "b", drop=0)],
+        [edit("a", "b", drop=6)],
+        [edit("LR = 0.001", "LR = 0.01", cut=9)],
+        [html()],
+        [refusal()],
+        [edit("LR = 0.001", "LR = 0.01", stop_reason="max_tokens")],
+        [call('{"description": [', cut=10)],
+        [text("Let us think about it.")],
+        [call({"description": 3, "edits": "LR"})],
+        [call({"description": "x", "hypothesis": "y", "edits": [{"old_str": "LR"}]})],
+        [edit("begin(model)", "start(model)")],
+        [call({"description": "again", "full_source": SOURCE})],
+        [call({"description": "\ud800", "full_source": SOURCE + "# \ud800\nX = 1\n"})],
+    ],
+)
+def test_a_fault_costs_a_request_and_no_draft(faults, ask, lab):
+    server, researcher = ask(*faults, GOOD)
+    draft = researcher.draft(lab)
+    assert draft.source == CHANGED and draft.description == "ten times the rate"
+    assert len(server.requests) == len(faults) + 1
+    assert researcher.spent == pytest.approx(charged(server))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [error(400), error(401), error(402), error(403), error(404), error(413), spend_limit(), broken_by("billing_error")],
+)
+def test_an_error_that_waiting_does_not_mend_ends_the_run(fault, ask, lab):
+    server, researcher = ask(fault, GOOD)
+    with pytest.raises(Trouble, match="the API refuses to go on"):
+        researcher.draft(lab)
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_hangs_or_is_not_there_is_outlasted(ask, lab, monkeypatch):
+    monkeypatch.setattr(agent_loop, "SILENCE", 0.3)
+    server, researcher = ask(GOOD | {"delay": 2}, GOOD)
+    assert researcher.draft(lab).source == CHANGED and len(server.requests) == 2
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
+    away = agent_loop.Model(argparse.Namespace(model="claude-x", fallback_model=None, effort="low", max_cost=None))
+    away.think_ahead(lab, "abc1234 something")
+    while sum("no connection" in line for line in lab.said) < 3:
+        time.sleep(0.01)
+    monkeypatch.setattr(agent_loop, "waiting_time", lambda failures: 3600.0)  # so that its thread comes to rest
+
+
+def test_after_two_unusable_answers_the_fallback_is_asked(ask, lab):
+    server, researcher = ask(refusal(), refusal(), GOOD)
+    assert "Model: claude-sonnet-5-5" in researcher.draft(lab).origin
+    assert [request["model"][7:11] for request in server.requests] == ["opus", "opus", "sonn"]
+
+
+def test_an_edit_is_repaired_twice_in_its_conversation_and_then_begun_anew(ask, lab):
+    server, researcher = ask(edit("nowhere", ""), edit("LR", "RL"), edit("LR = 0.001", "LR ="), GOOD)
+    researcher.draft(lab)
+    assert [len(request["messages"]) for request in server.requests] == [1, 3, 5, 1]
+    complaint = server.requests[1]["messages"][2]["content"][0]
+    assert complaint["type"] == "tool_result" and "does not occur" in complaint["content"]
+    assert server.requests[1]["messages"][1]["content"][0]["signature"]  # thinking goes back as it came
+
+
+def test_max_cost_is_never_exceeded_and_ends_the_loop_in_good_order(ask, lab):
+    _, researcher = ask(turn_a_constant, max_cost=0.8)
+    with pytest.raises(agent_loop.Enough, match="--max-cost 0.8"):
+        for _ in range(1000):
+            researcher.draft(lab)
+    assert 0.05 < researcher.spent <= 0.8
+    with pytest.raises(Trouble, match="--max-cost needs a price"):
+        ask(GOOD, model="qwen", max_cost=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Local models
+
+
+def test_claude_gets_thinking_and_a_cache_and_a_local_model_neither(ask, lab):
+    server, researcher = ask(GOOD)
+    researcher.draft(lab)
+    request = server.requests[0]
+    assert request["thinking"] == {"type": "adaptive"} and request["output_config"] == {"effort": "medium"}
+    assert [("cache_control" in block) for block in request["system"]] == [False, False, False, True]
+    assert request["system"][-1]["cache_control"] == {"type": "ephemeral", "ttl": "1h"}
+    assert shown_source(request) == SOURCE
+
+    whole = text(f"description: all of it\nHypothesis: why not\n```python\n{CHANGED}```\nDone.")
+    server, researcher = ask(whole, model="qwen3-coder:30b")
+    draft = researcher.draft(lab)
+    assert (draft.source, draft.description, draft.hypothesis) == (CHANGED, "all of it", "why not")
+    request = server.requests[0]
+    assert not {"thinking", "output_config", "tool_choice"} & set(request) and isinstance(request["system"], str)
+    assert "cache_control" not in json.dumps(request) and "SEARCH" in request["system"]
+    assert researcher.spent == 0 and agent_loop.read_costs(lab.folder)[-1]["output"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edits, merges, repairs
+
+
+def test_edits_are_applied_all_or_none_and_a_miss_shows_the_nearest_lines():
+    def apply(*pairs):
+        edits = [{"old_str": old, "new_str": new} for old, new in pairs]
+        return apply_proposal({"description": "d", "edits": edits}, SOURCE)
+
+    assert apply(("LR = 0.001", "LR = 1"), ("CRASH = 0", "CRASH = 0 ")) == (
+        SOURCE.replace("LR = 0.001", "LR = 1").replace("CRASH = 0", "CRASH = 0 "),
+        None,
+    )
+    source, problem = apply(("LR = 0.001", "LR = 1"), ("ROWS = 61", "ROWS = 1"))
+    assert source is None and "Edit 2" in problem and re.search(r"^\d+: ROWS = 16  # per step$", problem, re.MULTILINE)
+    assert "occurs 2 times, at lines" in apply(("optimizer.step()", ""), ("optimizer.", ""))[1].replace("4", "2")
+    assert "overlap" in apply(("LR = 0.001", "a"), ("= 0.001", "b"))[1]
+    assert "old_str not empty" in apply(("", "b"))[1]
+    assert nearest("WIDTH = 23", SOURCE).count("\n") == 4
+
+
+def test_a_draft_is_merged_onto_a_better_train_py_and_a_conflict_costs_a_new_draft(ask, lab):
+    server, researcher = ask(GOOD, edit("ROWS = 16", "ROWS = 8"), edit("WIDTH = 32", "WIDTH = 64"))
+
+    def better(commit, source):
+        lab.sources[commit] = source
+        lab.experiments.append(Experiment(commit, lab.best.val_bpb - 0.1, 0.1, "keep", commit))
+
+    researcher.think_ahead(lab, "f00 something")
+    researcher.writing.result()
+    better("def5678", SOURCE.replace("SEED)", "SEED + 1)"))
+    assert researcher.draft(lab).source == CHANGED.replace("SEED)", "SEED + 1)")
+    assert "f00 something" in server.requests[0]["messages"][0]["content"][0]["text"]
+    researcher.think_ahead(lab, "f01 something")
+    researcher.writing.result()
+    better("aaa1111", SOURCE.replace("ROWS = 16", "ROWS = 99"))
+    assert "WIDTH = 64" in researcher.draft(lab).source and any("conflicts" in line for line in lab.said)
+    assert merge("a\r\n", "a\r\n", "b\r\n") == "b\r\n"
+
+
+def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask, lab):
+    server, researcher = ask(*[edit("CRASH = 0", f"CRASH = {n}", f"try {n}") for n in range(1, 5)])
+    described = []
+    for number in range(4):
+        draft = researcher.draft(lab)
+        described.append(draft.description)
+        lab.sources[f"crash{number}"] = draft.source
+        lab.experiments.append(Experiment(f"crash{number}", 0.0, 0.0, "crash", draft.description))
+        researcher.crashed(lab, f"crash{number}", "out of luck")
+    assert described == ["try 1", "repair: try 2", "repair: try 3", "try 4"]
+    assert [len(request["messages"]) for request in server.requests] == [1, 3, 5, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the model is told
+
+
+def fill(lab, count, source):
+    """Give `lab` a realistic past of `count` experiments on `source`: one in eight is kept, one in fifteen crashes."""
+    lab.sources = {"abc1234": source}
+    for number in range(1, count):
+        status = "keep" if number % 8 == 0 else "crash" if number % 15 == 0 else "discard"
+        commit, best = f"{number:07x}", lab.sources[lab.best.commit]
+        lab.sources[commit] = re.sub(r"\n(X\d+ = \d+\n)?import", f"\nX{number} = {number}\nimport", best, count=1)
+        words = f"Number {number}: raise the rate of the embeddings by {number / 1000:.3f} and decay it earlier"
+        lab.experiments.append(Experiment(commit, 1 - number * 1e-5, 0.1, status, words, [1.0]))
+        lab.why[commit] = (
+            f"Because {number} steps are too few for the embeddings to settle, the rate is what limits them."
+        )
+
+
+def test_the_prompt_at_the_thousandth_experiment_is_that_of_the_fiftieth(ask, tmp_path):
+    sizes = {}
+    for count in (50, 1000):
+        lab = Lab(tmp_path)
+        fill(lab, count, (ROOT / "train.py").read_text())
+        server, researcher = ask(edit("\nimport", "\nY = 1\nimport"), edit("import torch\n", "import torch\n\nY = 1\n"))
+        researcher.draft(lab)
+        request = server.requests[0]
+        sizes[count] = len(json.dumps([request["system"], request["messages"], request["tools"]]))
+    print(sizes)
+    assert sizes[1000] <= 1.1 * sizes[50]
+
+
+def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failures(lab):
+    fill(lab, 8, SOURCE)
+    told = agent_loop.history(lab, lab.experiments, "f00 something")
+    assert "0000007 discard 0.999930 +0.000070 Number 7" in told and "one run is 0.001000" in told
+    assert "Running right now, its result is not known yet: f00 something" in told
+    assert "The last 7 experiments brought nothing" in told
+    fill(lab, 9, SOURCE)
+    assert "brought nothing" not in agent_loop.history(lab, lab.experiments, None)
+    assert "+X8 = 8" in agent_loop.history(lab, lab.experiments, None)
+
+
+def test_the_programme_is_read_for_every_draft_and_the_interface_from_prepare_py(ask, lab, monkeypatch, tmp_path):
+    for name in ("prepare.py", "program.md"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.setattr(agent_loop, "HERE", tmp_path)
+    server, researcher = ask(GOOD, edit("LR = 0.001", "LR = 0.1"))
+    first = researcher.draft(lab)
+    (tmp_path / "program.md").write_text("Look at the embeddings.\n")
+    second = researcher.draft(lab)
+    assert first.origin != second.origin and re.search(r"Program: [0-9a-f]{12}$", second.origin)
+    assert "Look at the embeddings." in server.requests[1]["system"][1]["text"]
+    assert "def submit(self, model):" in server.requests[0]["system"][2]["text"]
