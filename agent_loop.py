@@ -732,19 +732,12 @@ STUCK_AFTER = 5  # discards in a row
 
 
 def interface():
-    """What train.py may call: signatures and docstrings, read from prepare.py so that they are never out of date."""
-    lines = ["TASK  # .seq_len, .vocab_size, .time_budget (seconds)", "SEED  # of this run; the loop varies it"]
-    for node in ast.parse((HERE / "prepare.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name in ("machine_flops", "begin"):
-            lines += [f"def {node.name}({ast.unparse(node.args)}):", f'    """{ast.get_docstring(node)}"""']
-        elif isinstance(node, ast.ClassDef) and node.name == "Run":
-            lines += ["class Run:", f'    """{ast.get_docstring(node)}"""']
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
-                    lines += ["    @property"] * bool(method.decorator_list)
-                    lines += [f"    def {method.name}({ast.unparse(method.args)}):"]
-                    lines += [f'        """{ast.get_docstring(method)}"""']
-    return "\n".join(lines)
+    """What train.py may call, in prepare.py's own words."""
+    import pydoc
+
+    told = [pydoc.plaintext.document(thing) for thing in (prepare.machine_flops, prepare.begin, prepare.Run)]
+    names = "TASK: .seq_len (T), .vocab_size (V), .time_budget (seconds)\nSEED: of this run; the loop varies it\n"
+    return names + "\n".join(told).partition(" |  Data descriptors")[0].rstrip("- |\n")
 
 
 def newest(entries, room):
@@ -993,7 +986,8 @@ class Model(Researcher):
             import anthropic  # takes a second
             import httpx2
 
-            keys = {} if any(map(os.environ.get, KEYS)) or not self.elsewhere else {"api_key": "none"}
+            known = any(map(os.environ.get, ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")))
+            keys = {} if known or not self.elsewhere else {"api_key": "none"}
             timeout = httpx2.Timeout(SILENCE, connect=20.0)
             self.client = anthropic.Anthropic(max_retries=0, timeout=timeout, **keys)
         except ImportError as error:
@@ -1078,7 +1072,7 @@ class Model(Researcher):
         system = [
             rules,
             f"# program.md, by the owner of the machine\n\n{programme}",
-            f"# What prepare.py offers\n\n{budget}V {lab.task.vocab_size}.\n\n```python\n{interface()}\n```",
+            f"# What prepare.py offers\n\n{budget}V {lab.task.vocab_size}.\n\n{interface()}",
             f"# train.py, the best so far\n\n```python\n{base}```",
         ]
         digest = hashlib.sha256(programme.encode()).hexdigest()[:12]
@@ -1193,9 +1187,6 @@ class Model(Researcher):
         line = {"time": int(time.time()), "model": model, "outcome": outcome, **tokens, "usd": round(usd, 8)}
         with open(lab.folder / "cost.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-KEYS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 
 
 def prices(model):

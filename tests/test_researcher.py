@@ -117,7 +117,9 @@ NIGHT = [
     edit("torch.manual_seed(SEED)", "torch.manual_seed(SEED + 1)", "without the crash"),  # 4, the repair of 2
     broken_by("overloaded_error"),
     edit("LR = ", "LR = = "),
-    text("description: by words\n<<<<<<< SEARCH\nimport torch\n=======\nimport torch\n\nX = 1\n>>>>>>> REPLACE\n"),  # 5
+    text(
+        "description: by words\n<<<<<<< SEARCH\nfrom torch import nn\n=======\nfrom torch import nn\n\nX = 1\n>>>>>>> REPLACE\n"
+    ),  # 5
 ]
 COMMAND = [sys.executable, "agent_loop.py", "--task", "demo", "--budget", "1", "--tag", "t", "--greedy"]
 
@@ -390,13 +392,11 @@ def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failu
 
 
 def test_the_programme_is_read_for_every_draft_and_the_interface_from_prepare_py(ask, lab, monkeypatch, tmp_path):
-    for name in ("prepare.py", "program.md"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     monkeypatch.setattr(agent_loop, "HERE", tmp_path)
     server, researcher = ask(GOOD, edit("LR = 0.001", "LR = 0.1"))
-    first = researcher.draft(lab)
+    first = researcher.draft(lab)  # there is none
     (tmp_path / "program.md").write_text("Look at the embeddings.\n")
     second = researcher.draft(lab)
     assert first.origin != second.origin and re.search(r"Program: [0-9a-f]{12}$", second.origin)
     assert "Look at the embeddings." in server.requests[1]["system"][1]["text"]
-    assert "def submit(self, model):" in server.requests[0]["system"][2]["text"]
+    assert "submit(self, model)" in server.requests[0]["system"][2]["text"]
