@@ -118,7 +118,8 @@ NIGHT = [
     broken_by("overloaded_error"),
     edit("LR = ", "LR = = "),
     text(
-        "description: by words\n<<<<<<< SEARCH\nfrom torch import nn\n=======\nfrom torch import nn\n\nX = 1\n>>>>>>> REPLACE\n"
+        "description: by words\n<<<<<<< SEARCH\nfrom torch import nn\n=======\n"
+        "from torch import nn\n\nX = 1\n>>>>>>> REPLACE\n"
     ),  # 5
 ]
 COMMAND = [sys.executable, "agent_loop.py", "--task", "demo", "--budget", "1", "--tag", "t", "--greedy"]
@@ -157,9 +158,7 @@ def test_a_night_with_every_fault_goes_through_and_costs_what_the_api_has_charge
     if rows[1][3] == "keep":
         crashed = git("show", f"{rows[2][0]}:train.py")
         assert "LR = 0.02" in crashed and "CRASH = 1" in crashed
-    (repair,) = (
-        request for request in server.requests if "RuntimeError: crashing as asked" in str(request["messages"])
-    )
+    repair = next(r for r in server.requests if "RuntimeError: crashing as asked" in str(r["messages"]))
     assert len(repair["messages"]) == 5 and "<program_output>" in str(repair["messages"][-1])
 
 
