@@ -953,6 +953,7 @@ class Conversation:
     system: list
     messages: list
     origin: str
+    given: dict = dataclasses.field(default_factory=dict)  # the proposal as the model made it, and as a draft
     draft: Draft | None = None
     crashes: int = 0
 
@@ -1005,7 +1006,11 @@ class Model(Researcher):
             with lab.console.status("waiting for the researcher"):
                 conversation = self.writing.result()
             self.writing, draft, best = None, conversation.draft, lab.source(lab.best.commit).decode()
-            source = draft.source if best == conversation.base else merge(best, conversation.base, draft.source)
+            source = draft.source
+            if best != conversation.base:
+                # Its edits say best what it meant; where they no longer fit, lines that only one side changed still do.
+                edited = conversation.given.get("edits") and apply_proposal(conversation.given, best)[0]
+                source = edited or merge(best, conversation.base, draft.source)
             problem = objection(source, best, lab) if source else "it conflicts with the new best train.py"
             if not problem:
                 self.handed = source, conversation
@@ -1094,6 +1099,7 @@ class Model(Researcher):
                 description, hypothesis = one_line(given["description"]), str(given.get("hypothesis") or "")
                 if conversation.crashes and not description.startswith("repair"):
                     description = one_line(f"repair: {description}")
+                conversation.given = given
                 return Draft(source, description, hypothesis and one_line(hypothesis, 1000), conversation.origin)
             conversation.reply(problem)
         raise Unusable(f"no edit that can be applied ({one_line(problem, 120)})")

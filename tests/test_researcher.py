@@ -325,13 +325,16 @@ def test_a_draft_is_merged_onto_a_better_train_py_and_a_conflict_costs_a_new_dra
 
     researcher.think_ahead(lab, "f00 something")
     researcher.writing.result()
-    better("def5678", SOURCE.replace("SEED)", "SEED + 1)"))
-    assert researcher.draft(lab).source == CHANGED.replace("SEED)", "SEED + 1)")
+    better("def5678", SOURCE.replace("WIDTH = 32", "WIDTH = 32.0"))  # the very next line
+    assert researcher.draft(lab).source == CHANGED.replace("WIDTH = 32", "WIDTH = 32.0")
     assert "f00 something" in server.requests[0]["messages"][0]["content"][0]["text"]
     researcher.think_ahead(lab, "f01 something")
     researcher.writing.result()
     better("aaa1111", SOURCE.replace("ROWS = 16", "ROWS = 99"))
     assert "WIDTH = 64" in researcher.draft(lab).source and any("conflicts" in line for line in lab.said)
+    base = [f"{number}\n" for number in range(9)]
+    ours, theirs = "".join(["x\n", *base[1:]]), "".join([*base[:-1], "y\n"])
+    assert merge(ours, "".join(base), theirs) == "".join(["x\n", *base[1:-1], "y\n"])
     assert merge("a\r\n", "a\r\n", "b\r\n") == "b\r\n"
 
 
