@@ -1327,7 +1327,7 @@ def examine(path, task, folder, beat=None):
     """Score the sealed model at `path` on the validation rows: {outcome, val_bpb, eval_seconds, leak, noise}.
 
     val_bpb = nats / ln 2 / UTF-8 bytes, over all targets but BOS. Three batches of eight are probed for causality, and
-    where the score is below `beat` (None: always) every row is, four times. Raises Refused for a model that looks
+    where the score is below `beat` (None: always) every row is, twice. Raises Refused for a model that looks
     ahead, is not deterministic, or returns anything but finite logits [B, T, V].
     """
     import torch
@@ -1359,7 +1359,7 @@ def examine(path, task, folder, beat=None):
                 for chunk in batches:
                     tokens = chunk[:, :-1].clone().to(device)
                     logits = compute_logits(forward, tokens, task)
-                    moved = max(moved, *(leak(forward, tokens, logits, task) for _ in range(4)))
+                    moved = max(moved, *(leak(forward, tokens, logits, task) for _ in range(2)))
         except (
             RuntimeError,
             TypeError,
