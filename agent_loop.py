@@ -577,7 +577,6 @@ class Researcher:
 
     def draft(self, lab):
         """The next Draft against the best train.py of `lab`. Raises Trouble or Enough where there will be none."""
-        raise NotImplementedError
 
     def think_ahead(self, lab, running):
         """A trial of `running` (hash and description) has started: time to prepare the next draft."""

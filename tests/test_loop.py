@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT
+from test_trial import processes_in
 
 import agent_loop
 
@@ -144,8 +146,20 @@ def test_ctrl_c_ends_the_loop_and_its_trial_cleanly(repository):
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=20)
     assert running.returncode == 130 and "carries on" in errors and "Traceback" not in errors
-    from test_trial import processes_in
+    assert not processes_in(repository)
 
+
+def test_a_proctor_that_is_killed_costs_one_experiment_and_the_night_goes_on(repository, loop):
+    assert loop(*QUICK, "--max-experiments", "0", "--greedy").returncode == 0
+    command = [sys.executable, "agent_loop.py", *QUICK, "--researcher", "search", "--max-experiments", "1", "--greedy"]
+    running = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
+    while len(list((repository / "runs").glob("t/*/0/metrics.jsonl"))) < 2:
+        time.sleep(0.05)
+    (proctor,) = psutil.Process(running.pid).children()
+    proctor.kill()
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 0 and "the trial broke off" in said
+    assert book(repository)[1][1:4] == ["0.000000", "0.0", "crash"]
     assert not processes_in(repository)
 
 
