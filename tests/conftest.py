@@ -16,7 +16,7 @@ for name in [name for name in os.environ if name.startswith(("AUTORESEARCH_", "G
 
 import prepare  # noqa: E402
 
-TINY = prepare.Task("tiny", "tiny", 32, 300, 2**13, 1.5, split_long=True)
+TINY = prepare.Task("tiny", "tiny", 32, 300, 2**13, 0.8, split_long=True)
 
 
 def tiny_documents():

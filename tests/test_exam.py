@@ -283,6 +283,8 @@ HARMLESS = {
 }
 
 
+# Those that leave everything as it was share one trial; the others each have their own.
+QUIET = [attack for attack, (_, trace) in HARMLESS.items() if trace != "DONE"]
 # Those that may also hurt themselves.
 MAY_FAIL = (
     "shadows modules that the examiner imports",
@@ -291,28 +293,52 @@ MAY_FAIL = (
 )
 
 
-@pytest.mark.parametrize("attack", HARMLESS)
-def test_it_gains_nothing_when_it(attack, hold, tmp_path, cache, honest_bpb, monkeypatch):
-    code, trace = HARMLESS[attack]
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "SECRET")
+@pytest.fixture(scope="module")
+def known(cache):
+    """What an attacker may know, as the top of a candidate; a server listens, and the folders of pycode are closed."""
     server = socket.create_server(("127.0.0.1", 0))
-    known = {
+    meta, hidden = cache / "tiny" / "meta.json", prepare.hidden_folders()
+    before = meta.read_text()
+    meta.write_text(json.dumps(json.loads(before) | {"hidden_folders": hidden}))
+    names = {
         "VAL": str(cache / "tiny" / "val.bin"),
         "CACHE": str(cache),
         "REPOSITORY": str(prepare.Path(prepare.__file__).parent),
         "PORT": server.getsockname()[1],
-        "HIDDEN": json.dumps(prepare.hidden_folders()),
+        "HIDDEN": json.dumps(hidden),
     }
-    # The data of the tiny task has no folders to close, those of pycode are closed here as they are for pycode.
-    meta = cache / "tiny" / "meta.json"
-    before = meta.read_text()
-    meta.write_text(json.dumps(json.loads(before) | {"hidden_folders": prepare.hidden_folders()}))
-    names = "\n".join(f"{name} = {value!r}" for name, value in known.items())
-    try:
-        result = hold(before=names + "\n" + textwrap.dedent(code))
-    finally:
-        meta.write_text(before)
-        server.close()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ANTHROPIC_API_KEY", "SECRET")
+        yield "\n".join(f"{name} = {value!r}" for name, value in names.items())
+    meta.write_text(before)
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def quiet_trial(known, tmp_path_factory):
+    """(result, {attack: what it printed}) of one trial that tries all the quiet attacks, one after the other."""
+    from conftest import CANDIDATE
+
+    folder = tmp_path_factory.mktemp("quiet")
+    tries = [f"print({'=== ' + attack!r})\n" + textwrap.dedent(HARMLESS[attack][0]).strip() for attack in QUIET]
+    code = "\n".join([known, *tries, "print('===', flush=True)"])
+    (folder / "train.py").write_text(CANDIDATE.format(before=code, forward="", begun="", each_step="pass", after=""))
+    result = prepare.trial(folder / "train.py", folder / "out", TINY, 0)
+    printed = (folder / "out" / "log.txt").read_text().split("=== ")
+    return result, {part.partition("\n")[0]: part.partition("\n")[2] for part in printed}
+
+
+@pytest.mark.parametrize("attack", QUIET)
+def test_it_learns_and_changes_nothing_when_it(attack, quiet_trial, honest_bpb):
+    result, printed = quiet_trial
+    assert HARMLESS[attack][1] in printed[attack] and "LEAK" not in printed[attack], printed
+    assert result["outcome"] == "ok" and result["val_bpb"] > honest_bpb, result
+
+
+@pytest.mark.parametrize("attack", [attack for attack in HARMLESS if attack not in QUIET])
+def test_it_gains_nothing_when_it(attack, known, hold, tmp_path, honest_bpb):
+    code, trace = HARMLESS[attack]
+    result = hold(before=known + "\n" + textwrap.dedent(code))
     assert trace in log(tmp_path) and "LEAK" not in log(tmp_path), log(tmp_path)
     assert result["outcome"] == "ok" or attack in MAY_FAIL, result
     assert result.get("val_bpb", math.inf) > honest_bpb

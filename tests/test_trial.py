@@ -36,7 +36,7 @@ def test_an_honest_candidate_is_scored_and_its_evidence_written(hold, tmp_path):
     result = hold()
     assert result["outcome"] == "ok", result
     assert 0 < result["val_bpb"] < 8
-    assert TINY.time_budget - 1 < result["training_seconds"] <= TINY.time_budget + TINY.grace
+    assert 0.3 * TINY.time_budget < result["training_seconds"] <= TINY.time_budget + TINY.grace
     assert result["steps"] > 0 and result["tokens"] % TINY.seq_len == 0
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
