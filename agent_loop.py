@@ -310,6 +310,9 @@ class Lab:
                 "created": datetime.datetime.now().isoformat(timespec="seconds"),
             }
             prepare.write_atomically(self.folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
+        if self.book.exists() and not (content := self.book.read_text(encoding="utf-8")).endswith("\n"):
+            # A power cut has torn the last row; the next one must not be glued to what is left of it.
+            prepare.write_atomically(self.book, content[: content.rfind("\n") + 1])
         self.load()
         if self.experiments:
             self.settle()

@@ -273,7 +273,16 @@ def test_a_corrupt_book_is_refused_and_kept(content, message, repository, loop):
     assert (repository / "results.tsv").read_text() == content
 
 
-def test_a_torn_last_line_is_measured_again_from_its_evidence(tmp_path):
+def test_a_torn_last_row_is_written_again_from_its_evidence(repository, loop):
+    assert loop(*QUICK, "--max-experiments", "0", "--greedy").returncode == 0
+    whole = (repository / "results.tsv").read_text()
+    (repository / "results.tsv").write_text(whole[:-20])
+    ended = loop(*QUICK, "--max-experiments", "0", "--greedy")
+    assert ended.returncode == 0, ended.stderr
+    assert (repository / "results.tsv").read_text() == whole
+
+
+def test_a_torn_last_line_is_left_out_of_the_book(tmp_path):
     path = tmp_path / "results.tsv"
     path.write_text(HEADER + "\nabc1234\t1.5\t0.1\tkeep\tbaseline\ndef5678\t1.4\t0")
     assert [experiment.commit for experiment in agent_loop.read_book(path)] == ["abc1234"]
