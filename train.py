@@ -42,7 +42,8 @@ SHORT_WINDOW = 0.125  # span of an S layer as a share of the sequence
 ROTARY_BASE = 200000  # longest rotary wavelength, in tokens over 2 pi
 QK_SCALE = 1.0  # factor on attention scores: higher means sharper attention
 SOFT_CAP = 15.0  # logits are squashed into (-SOFT_CAP, SOFT_CAP)
-GATE_CHANNELS = 32  # leading channels that steer the value-embedding gate
+KEY_SHIFT = 0.5  # share of a key's channels that come from the token before
+GATE_CHANNELS = 32  # leading channels that steer the gates of value embeddings and of the token before
 GATE_RANGE = 2.0  # the gate lies in (0, GATE_RANGE) and starts in the middle
 
 # Initialisation
@@ -50,13 +51,14 @@ MATRIX_INIT = 0.68  # scale of the uniform start of matrices, 1 = unit gain
 EMBED_INIT = 1.0  # standard deviation of the token embedding
 HEAD_INIT = 0.001  # standard deviation of the output head
 RESIDUAL_INIT = 1.0  # start of each layer's factor on the residual stream
-X0_INIT = 0.05  # start of each layer's share of the token embedding
+X0_INIT = 0.05  # start of each layer's share of the embedding
 
 # Optimisers
 EMBED_LR = 0.9  # AdamW, token and value embeddings, at width 768
 HEAD_LR = 0.005  # AdamW, output head, at width 768
 SCALAR_LR = 0.5  # AdamW, x0 scalars
 RESIDUAL_LR = 0.005  # AdamW, residual scalars
+SMEAR_LR = 0.05  # AdamW, gate of the token before
 MATRIX_LR = 0.04  # Muon
 ADAM_BETA1 = 0.8  # AdamW momentum
 ADAM_BETA2 = 0.95  # AdamW second moment
@@ -128,6 +130,11 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
+def previous(x):
+    """x [B, T, ...] one place later: position t holds what t - 1 held, and the first holds zeros."""
+    return F.pad(x[:, :-1], [0, 0] * (x.ndim - 2) + [1, 0])
+
+
 def rotary_tables(length, head_dim):
     """cos and sin for rotate(), each [length, 1, 1, head_dim] bfloat16."""
     speed = ROTARY_BASE ** -torch.linspace(0, 1, head_dim // 2 + 1, dtype=torch.float64)[:-1]
@@ -152,16 +159,9 @@ def attend(q, k, v, window):
     key = torch.arange(2 * window, device=q.device) - window
     chunk = torch.arange(T // window, device=q.device)[:, None, None]
     mask = (key <= query) & (key > query - window) & (key + chunk * window >= 0)
-
-    def chunks(x):
-        return x.reshape(B * H, T // window, window, D)
-
-    def with_previous(x):
-        x = chunks(x)
-        return torch.cat([F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), x], dim=2)
-
-    k, v = with_previous(k), with_previous(v)
-    return F.scaled_dot_product_attention(chunks(q), k, v, attn_mask=mask[None], scale=scale).reshape(B, H, T, D)
+    q, k, v = (x.reshape(B * H, T // window, window, D) for x in (q, k, v))
+    k, v = (torch.cat([previous(x), x], dim=2) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale).reshape(B, H, T, D)
 
 
 class Linear(nn.Linear):
@@ -178,7 +178,7 @@ class Attention(nn.Module):
     """Multi-head attention with rotary positions, normed queries and keys, and gated value embeddings.
 
     Norm on queries and keys: ViT-22B, arXiv 2302.05442. Value embeddings, a second embedding table mixed into the
-    values: value residual learning, arXiv 2410.17897, and the modded-nanogpt speedruns; gated as in nanochat.
+    values: value residual learning, arXiv 2410.17897; gated as in nanochat. Shifted keys: modded-nanogpt.
     """
 
     def __init__(self, dim, head_dim, window, has_value_embed):
@@ -195,6 +195,11 @@ class Attention(nn.Module):
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         qkv = F.linear(x, weight.to(x.dtype)).view(B, T, 3, -1, self.head_dim)
         q, k = norm(rotate(qkv[:, :, :2], cos, sin)).unbind(2)
+        # A key that also tells of the token before lets one layer look up what followed it earlier, which takes two
+        # layers otherwise. The channels that rotate slowest serve: they say what a token is rather than where.
+        half = self.head_dim // 2
+        slow = torch.arange(self.head_dim, device=x.device) % half >= half * (1 - KEY_SHIFT)
+        k = torch.where(slow, previous(k), k)
         v = qkv[:, :, 2]
         if self.gate is not None:
             gate = GATE_RANGE * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
@@ -220,8 +225,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Decoder-only transformer: int64 tokens [B, T] -> float32 logits [B, T, V].
 
-    Before each layer the residual stream is scaled and a share of the token embedding is mixed back in, both by
-    learned scalars (modded-nanogpt). Soft-capped logits: Gemma 2, arXiv 2408.00118.
+    A gated share of the embedding of the token before is added to each token's. Before each layer the residual stream
+    is scaled and a share of that sum is mixed back in, both by learned scalars (all: modded-nanogpt). Soft-capped
+    logits: Gemma 2, arXiv 2408.00118.
     """
 
     def __init__(self, vocab_size, seq_len, depth, dim, head_dim):
@@ -233,6 +239,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(vocab_size, dim)
         self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, dim) if has else None for has in has_value_embed)
         self.blocks = nn.ModuleList(Block(dim, head_dim, w, has) for w, has in zip(self.windows, has_value_embed))
+        self.smear = Linear(min(GATE_CHANNELS, dim), 1)
         self.head = Linear(dim, vocab_size)
         self.residual = nn.Parameter(torch.full((depth,), RESIDUAL_INIT))
         self.x0 = nn.Parameter(torch.full((depth,), X0_INIT))
@@ -245,17 +252,17 @@ class GPT(nn.Module):
         bound = MATRIX_INIT * math.sqrt(3 / dim)
         for parameter in [*self.blocks.parameters(), *self.value_embeds.parameters()]:
             nn.init.uniform_(parameter, -bound, bound)
-        for block in self.blocks:
-            # Each layer starts as the identity and each gate in the middle of its range.
-            for linear in (block.attention.out, block.down, block.attention.gate):
-                if linear is not None:
-                    nn.init.zeros_(linear.weight)
+        # Each layer starts as the identity and each gate in the middle of its range.
+        for name, parameter in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight", "gate.weight", "smear.weight")):
+                nn.init.zeros_(parameter)
         nn.init.normal_(self.embed.weight, std=EMBED_INIT)
         nn.init.normal_(self.head.weight, std=HEAD_INIT)
 
     def forward(self, idx):
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        x = x0 = norm(self.embed(idx).bfloat16())
+        x = norm(self.embed(idx).bfloat16())
+        x = x0 = x + torch.sigmoid(self.smear(x[..., : self.smear.in_features])) * previous(x)
         for i, (block, table) in enumerate(zip(self.blocks, self.value_embeds)):
             x = self.residual[i] * x + self.x0[i] * x0
             x = block(x, None if table is None else table(idx).bfloat16(), cos, sin)
@@ -273,61 +280,62 @@ class GPT(nn.Module):
 
 
 def polar_express(x):
-    """Nearest semi-orthogonal matrices to x [N, R, C], approximately: singular values end near 1. bfloat16 inside.
+    """Nearest semi-orthogonal matrices to x [N, R, C], R <= C, approximately: singular values end near 1. In bfloat16.
 
     Polar Express, arXiv 2505.16932: five quintic steps, each optimal for the range of singular values that is left.
     """
     x = x.bfloat16()
     # Singular values must start below 1; the margin covers what bfloat16 rounds.
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
 
 
 def muon_update(weights, grads, momentum_buffer, second_moment, lr, momentum, decay):
     """One Muon step for a stack of matrices of one shape: new weights [N, R, C] float32; buffers change in place.
 
-    weights, grads, momentum_buffer: [N, R, C]; second_moment: [N, R, 1] if R >= C else [N, 1, C]; lr, momentum and
-    decay: 0-D tensors. Momentum and orthogonalisation: Muon (Jordan 2024). The second moment evens out the rows (or
-    columns) without changing the size of the step: NorMuon, arXiv 2510.05491. Weights only decay where that agrees
-    with the step: cautious weight decay, arXiv 2510.12402.
+    weights, grads, momentum_buffer: [N, R, C], R <= C; second_moment: [N, R, 1] if R == C else [N, 1, C];
+    lr: [N, 1, 1]; momentum and decay: 0-D tensors. Momentum and orthogonalisation: Muon (Jordan 2024). The second
+    moment evens out rows (or columns) without changing the size of the step: NorMuon, arXiv 2510.05491. Weights only
+    decay where that agrees with the step: cautious weight decay, arXiv 2510.12402.
     """
-    rows, cols = weights.shape[-2:]
     momentum_buffer.lerp_(grads, 1 - momentum)
     step = polar_express(grads.lerp(momentum_buffer, momentum)).float()
-    energy = step.square().mean(dim=-1 if rows >= cols else -2, keepdim=True)
+    energy = step.square().mean(dim=-1 if second_moment.size(-1) == 1 else -2, keepdim=True)
     second_moment.lerp_(energy, 1 - MUON_BETA2)
     even = step * second_moment.clamp_min(1e-10).rsqrt()
     step = even * (step.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
     agrees = step * weights >= 0
-    return weights - lr * math.sqrt(max(1, rows / cols)) * (step + decay * weights * agrees)
+    return weights - lr * (step + decay * weights * agrees)
 
 
 class Muon:
-    """Muon over `matrices`, one stacked update per shape; compiled on CUDA."""
+    """Muon over `matrices`, one stacked update per shape, tall ones lying on their side; compiled on CUDA."""
 
     def __init__(self, matrices):
         # 0-D CPU tensors: values that change every step must not look like constants to the compiler.
         self.lr, self.momentum, self.decay = torch.zeros(()), torch.zeros(()), torch.zeros(())
         self.groups = []
-        for shape in dict.fromkeys(m.shape for m in matrices):
-            group = [m for m in matrices if m.shape == shape]
-            first = torch.zeros(len(group), *shape, device=group[0].device)
-            second = first[:, :, :1] if shape[0] >= shape[1] else first[:, :1]
-            self.groups.append((group, first, second.clone(memory_format=torch.contiguous_format)))
+        for rows, cols in dict.fromkeys(tuple(sorted(m.shape)) for m in matrices):
+            group = [m for m in matrices if sorted(m.shape) == [rows, cols]]
+            first = torch.zeros(len(group), rows, cols, device=group[0].device)
+            second = torch.zeros_like(first[:, :, :1] if rows == cols else first[:, :1])
+            gain = torch.tensor([max(1, m.size(0) / m.size(1)) ** 0.5 for m in group], device=first.device)
+            self.groups.append((group, first, second, gain[:, None, None]))
         self.update = torch.compile(muon_update, dynamic=False) if matrices[0].is_cuda else muon_update
 
     @torch.no_grad()
     def step(self, lr, momentum, decay):
+        def lying(matrix):
+            return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
+
         self.lr.fill_(lr), self.momentum.fill_(momentum), self.decay.fill_(decay)
-        for group, first, second in self.groups:
-            grads = torch.stack([m.grad for m in group])
-            new = self.update(torch.stack(group), grads, first, second, self.lr, self.momentum, self.decay)
-            torch._foreach_copy_(group, new.unbind())
+        for group, first, second, gain in self.groups:
+            grads, weights = torch.stack([lying(m.grad) for m in group]), [lying(m) for m in group]
+            new = self.update(torch.stack(weights), grads, first, second, self.lr * gain, self.momentum, self.decay)
+            torch._foreach_copy_(weights, new.unbind())
 
 
 def make_adamw(model):
@@ -337,6 +345,7 @@ def make_adamw(model):
         dict(params=[model.embed.weight], peak=EMBED_LR * width, betas=betas, weight_decay=EMBED_DECAY),
         dict(params=model.value_embeds.parameters(), peak=EMBED_LR * width, betas=betas, weight_decay=VALUE_DECAY),
         dict(params=[model.head.weight], peak=HEAD_LR * width, betas=betas, weight_decay=HEAD_DECAY),
+        dict(params=[model.smear.weight], peak=SMEAR_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.residual], peak=RESIDUAL_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.x0], peak=SCALAR_LR, betas=(X0_BETA1, ADAM_BETA2), weight_decay=0.0),
     ]
@@ -396,8 +405,7 @@ def make_loss(model, compiled):
 def warm_up(model, loss_of, rows, device):
     """Compile and claim memory on random tokens, before the clock starts; returns the rows per pass that fit.
 
-    Nothing here may teach the model anything: gradients are dropped, and the optimiser that is compiled along the way
-    runs at learning rate zero and is thrown away.
+    Nothing here teaches the model: gradients are dropped, the optimiser runs at learning rate zero and is thrown away.
     """
     while True:
         tokens = torch.randint(TASK.vocab_size, (rows, TASK.seq_len), device=device)
@@ -426,7 +434,6 @@ def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
     flops, batch_tokens = model.flops_per_token(), rows * passes * TASK.seq_len
     batches = iter(run.batches(rows))
     start = last = time.perf_counter()
-    smooth, weight = 0.0, 0.0
     for step in itertools.count(1):
         total = torch.zeros((), device=device)
         for x, y in itertools.islice(batches, passes):
@@ -445,10 +452,9 @@ def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
             value, now = total.item(), time.perf_counter()
             if not value < MAX_LOSS:
                 sys.exit(f"train.py: training diverged: the loss is {value} at step {step}")
-            smooth, weight = 0.8 * smooth + 0.2 * value, 0.8 * weight + 0.2
             speed, last = batch_tokens * (step % LOG_EVERY or LOG_EVERY) / (now - last), now
             run.log(step=step, loss=value)
-            line = f"{min(progress, 1):7.1%} | step {step:05d} | loss {smooth / weight:.4f} | {speed:,.0f} tok/s"
+            line = f"{min(progress, 1):7.1%} | step {step:05d} | loss {value:.4f} | {speed:,.0f} tok/s"
             print(f"{line} | MFU {speed * flops / peak_flops:.1%}", flush=True)
         if done:
             return step, step * batch_tokens, step * batch_tokens * flops / (now - start) / peak_flops
@@ -456,10 +462,9 @@ def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
 
 def keep_freed_memory():
     """Stop glibc from giving large blocks back to the system: faulting them in again costs a third of a CPU step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink the heap
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink the heap
 
 
 def main():
@@ -470,14 +475,13 @@ def main():
     peak_flops = machine_flops()
     depth, dim, head_dim, batch_tokens = size_for(peak_flops * EXPECTED_MFU * TASK.time_budget)
     model = GPT(TASK.vocab_size, TASK.seq_len, depth, dim, head_dim).to(device)
-    params = sum(p.numel() for p in model.parameters())
     loss_of = make_loss(model, compiled=device.type == "cuda")
     batch_rows = batch_tokens // TASK.seq_len
     rows = max(1, (DEVICE_TOKENS if device.type == "cuda" else CPU_TOKENS) // TASK.seq_len)
     with fast_attention(device):
         rows = warm_up(model, loss_of, min(rows, batch_rows), device)
     passes = batch_rows // rows
-    size = f"{params / 1e6:.1f}M parameters"
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     print(f"{size}: depth {depth}, width {dim}; {passes} x {rows} rows of {TASK.seq_len} tokens per step", flush=True)
 
     adamw, muon = make_adamw(model), Muon(list(model.blocks.parameters()))
