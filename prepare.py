@@ -4,6 +4,8 @@ train.py is written by a machine that is rewarded for a low number, so everythin
 on the other side of a process boundary:
 
   python prepare.py [--task NAME]               fetch the text, train the tokenizer, pack the rows (once)
+  python prepare.py --text PATH...              the same over your own files
+  python prepare.py --check                     see whether all is well for a night
   python prepare.py trial TRAIN_PY --out DIR    one experiment under sandbox and clock; writes DIR/result.json
 
 The file reads in the order of the story: the task, its text, the rows, what train.py may call, the sealed model, the
@@ -19,8 +21,10 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import gzip
 import hashlib
-import importlib.util
+import importlib
+import itertools
 import json
 import math
 import os
@@ -36,8 +40,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-from collections import deque
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,6 +55,19 @@ import numpy as np
 
 class Trouble(Exception):
     """A foreseeable mistake or fault, told to the user in one sentence. The programs end with exit code 2."""
+
+
+class Pause(Trouble):
+    """A fault that may pass by itself, like a full disk: worth trying again later. Ends with exit code 75."""
+
+
+PAUSE_CODE = 75
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def words(error):
+    """What an error says, without the numbers of the operating system."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 class Refused(Exception):
@@ -67,44 +86,56 @@ class Task:
     time_budget: float  # seconds from begin() to the arrival of the submission
     split_long: bool  # cut documents longer than a row into rows, instead of dropping what does not fit
 
-    @property
-    def eval_rows(self):
-        return self.eval_tokens // self.seq_len
-
-    @property
-    def grace(self):
-        """Seconds by which a submission may be late."""
-        return 3.0 + 0.01 * self.time_budget
-
-    @property
-    def startup_limit(self):
-        """Seconds that imports, building, compiling and warm-up may take before begin()."""
-        return min(180.0, 30.0 + self.time_budget)
-
-    @property
-    def exam_limit(self):
-        """Seconds that scoring may take."""
-        return 60.0 + 2 * self.time_budget
+    eval_rows = property(lambda self: self.eval_tokens // self.seq_len)
+    grace = property(lambda self: 3.0 + 0.01 * self.time_budget)  # seconds by which a submission may be late
+    startup_limit = property(lambda self: min(180.0, 30.0 + self.time_budget))  # seconds for all that precedes begin()
+    exam_limit = property(lambda self: 120.0 + 2 * self.time_budget)  # seconds that scoring may take
 
 
 TASKS = {
     task.name: task
     for task in (
+        Task("climbmix", "climbmix", 2048, 8192, 40 * 2**19, 300.0, split_long=False),
+        Task("tinystories", "tinystories", 512, 4096, 2**21, 300.0, split_long=True),
         Task("pycode", "pycode", 256, 2048, 2**17, 300.0, split_long=True),
         Task("demo", "pycode", 256, 2048, 2**17, 20.0, split_long=True),
     )
 }
 
 
+def cache_root():
+    """Folder of everything prepared: AUTORESEARCH_CACHE, else ~/.cache/autoresearch."""
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").resolve()
+
+
+def has_gpu():
+    """Whether a CUDA device is here, by its device file: torch, which would know, takes seconds to import."""
+    wsl = os.path.exists("/dev/dxg") and os.path.exists("/usr/lib/wsl/lib/libcuda.so.1")
+    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and (wsl or any(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def get_task(name=None, budget=None):
-    """Task `name` (default: AUTORESEARCH_TASK, else pycode) with its budget replaced by `budget` seconds if given."""
-    name = name or os.environ.get("AUTORESEARCH_TASK") or "pycode"
-    if name not in TASKS:
-        raise Trouble(f"there is no task {name!r}; the tasks are: {', '.join(TASKS)}")
-    task = TASKS[name]
+    """Task `name` with its budget replaced by `budget` seconds if given. Raises Trouble for an unknown name.
+
+    The default is AUTORESEARCH_TASK, else climbmix on a GPU and pycode elsewhere. A name that is not in TASKS is that
+    of an own text, whose sizes were stored when it was prepared.
+    """
+    name = name or os.environ.get("AUTORESEARCH_TASK") or ("climbmix" if has_gpu() else "pycode")
+    task = TASKS.get(name)
+    if not task:
+        try:
+            task = Task(**json.loads((cache_root() / OWN_NAME.fullmatch(name)[0] / "meta.json").read_text())["task"])
+        except (OSError, ValueError, TypeError, KeyError):
+            raise Trouble(
+                f"there is no task {name!r}; the tasks are: {', '.join(TASKS)}, and your own text after: "
+                f"python prepare.py --text PATH... --task NAME"
+            ) from None
     if budget is not None and not 0 < budget < 1e6:
         raise Trouble(f"a budget of {budget} seconds makes no sense; give a positive number of seconds")
     return dataclasses.replace(task, time_budget=float(budget)) if budget else task
+
+
+OWN_NAME = re.compile(r"(?!hub$)[a-z0-9][a-z0-9_-]{0,40}")  # of an own text; "hub" holds downloads
 
 
 def _setting():
@@ -125,23 +156,15 @@ TOLD, TASK, SEED = _setting()
 # The text: one function per source, each yielding (text, held_out) in a fixed order
 
 
-def pycode_folders():
-    """Folders whose Python files make up pycode: the standard library and four packages that are always there."""
-    folders = [Path(sysconfig.get_paths()["stdlib"])]
-    for package in ("torch", "numpy", "sympy", "networkx"):
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise Trouble(f"the package {package} is not installed: run pip install -e .")
-        folders.append(Path(spec.submodule_search_locations[0]))
-    return [folder.resolve() for folder in folders]
-
-
 def python_files():
-    """Yield (path, hidden) of pycode's files; hidden: it lies in a folder of tests, which no running program imports.
+    """Yield (path, hidden) of the Python files of the standard library and of four packages that are always there.
 
-    Validation text comes from hidden files alone, so that the sandbox can close their folders.
+    hidden: the file lies in a folder of tests, which no running program imports. Validation text comes from hidden
+    files alone, so that the sandbox can close their folders.
     """
-    for root in pycode_folders():
+    packages = [importlib.import_module(name) for name in ("torch", "numpy", "sympy", "networkx")]
+    for root in [sysconfig.get_paths()["stdlib"], *(package.__path__[0] for package in packages)]:
+        root = Path(root).resolve()
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts[:-1]
             if "site-packages" not in parts and path.is_file():
@@ -168,7 +191,225 @@ def pycode_documents():
             yield content.decode("utf-8"), hidden and digest[-1] % 10 == 0
 
 
-SOURCES = {"pycode": pycode_documents}
+def pycode_source():
+    """The text of pycode as `build` takes it."""
+    found = list(pycode_documents())
+    return lambda: found, len(found), {"hidden_folders": hidden_folders()}
+
+
+@contextlib.contextmanager
+def open_parquet(path):
+    """The parquet file at `path`; raises Trouble where it is damaged or has no text."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if not any(field.name == "text" and "string" in str(field.type) for field in file.schema_arrow):
+                raise Trouble(f"{path} has no column 'text' of strings")
+            yield file
+    except (ArrowException, OSError) as error:
+        raise Trouble(f"{path} is damaged ({one_line(error, 200)}); delete or replace it, then start again") from None
+
+
+def parquet_texts(path):
+    """Yield the column "text" of a parquet file, with a thousand documents at a time in memory; None becomes ""."""
+    with open_parquet(path) as file:
+        for batch in file.iter_batches(1024, columns=["text"]):
+            yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+HUB = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
+
+
+def hub_source(dataset, shards):
+    """Fetch a dataset of the Hugging Face hub and return it as `build` takes it."""
+    if dataset == "climbmix":  # its validation shard is the one that upstream uses
+        names = [f"shard_{number:05d}.parquet" for number in (6542, *range(shards))]
+    else:
+        names = ["tinystories_gpt4_clean.parquet"]
+    folder = cache_root() / "hub" / dataset
+    commit = download(HUB[dataset], names, folder)
+    counts = []
+    for name in names:
+        with open_parquet(folder / name) as file:
+            counts.append(file.metadata.num_rows)
+    # The card of tinystories sets the first 20,000 stories aside for test and validation.
+    held_out = counts[0] if dataset == "climbmix" else 20_000
+
+    def documents():
+        texts = itertools.chain.from_iterable(parquet_texts(folder / name) for name in names)
+        return ((text, number < held_out) for number, text in enumerate(texts))
+
+    return documents, sum(counts), {"source": {"repository": HUB[dataset], "commit": commit, "files": names}}
+
+
+def download(repository, names, folder):
+    """Fetch files of a dataset repository into `folder`, eight at a time, and return the commit that they are of.
+
+    Complete files are not fetched again. huggingface_hub shows the progress, resumes broken connections and waits out
+    rate limits.
+    """
+    from huggingface_hub import hf_hub_download
+
+    get = functools.partial(hf_hub_download, repository, repo_type="dataset", local_dir=folder)
+    todo, errors = iter(names), []
+
+    def work():
+        for name in todo:
+            try:
+                get(name)
+            except Exception as error:
+                errors.append(error)
+            if errors:
+                return
+
+    try:
+        first = get(names[0], dry_run=True)
+        get = functools.partial(get, revision=first.commit_hash)
+        with ThreadPoolExecutor(8) as pool:
+            files = [first, *pool.map(lambda name: get(name, dry_run=True), names[1:])]
+    except Exception as error:
+        raise download_trouble(error, repository) from None
+    for leftover in folder.rglob("*.incomplete"):  # of a download that was killed
+        leftover.unlink()
+    missing = sum(file.file_size for file in files if file.will_download)
+    size = missing + 2 * sum(file.file_size for file in files) + DISK_RESERVE  # rows take up to twice the download
+    if size > (free := shutil.disk_usage(cache_root()).free):
+        raise Trouble(
+            f"this needs {size / 1e9:.1f} GB in {cache_root()}, where {free / 1e9:.1f} GB are free; "
+            "make room, take fewer --shards, or choose another folder with AUTORESEARCH_CACHE"
+        )
+    if missing:
+        print(f"fetching {missing / 1e9:.1f} GB from {repository}", flush=True)
+    # Threads that die with the program: Ctrl-C does not wait for the end of a file.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise download_trouble(errors[0], repository)
+    return first.commit_hash
+
+
+def download_trouble(error, repository):
+    """Trouble that says what a failure of huggingface_hub is and where to look."""
+    while getattr(error, "response", None) is None and error.__cause__:
+        error = error.__cause__
+    return Trouble(
+        f"cannot fetch {repository} ({one_line(error, 300)}); look at the network, HF_ENDPOINT, HF_HUB_OFFLINE, "
+        "HTTPS_PROXY and HF_TOKEN, then run the same command again: it goes on with the file that is missing"
+    )
+
+
+KINDS = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz", ".parquet")
+
+
+def text_files(paths):
+    """The real paths of the text files at or below `paths`, sorted; names with a leading dot are left out."""
+    found = set()
+    for path in map(Path, paths):
+        below = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+        below = [file for file in below if file.name.endswith(KINDS) and "/." not in f"/{file.relative_to(path)}"]
+        if not below:
+            raise Trouble(f"there is no file at or below {path} whose name ends with one of {' '.join(KINDS)}")
+        found.update(file.resolve() for file in below)
+    return sorted(found)
+
+
+def pieces(file, size=2**14):
+    """Yield an open text file in documents of about `size` characters, cut at a blank line, else line, if there is one.
+
+    A book or a dump of many texts in one file becomes documents that can be split into training and validation.
+    """
+    text = file.read(size)
+    while more := file.read(size):
+        end = text.rfind("\n\n") + 2 if "\n\n" in text else text.rfind("\n") + 1 or len(text)
+        yield text[:end]
+        text = text[end:] + more
+    yield text
+
+
+def read_texts(path):
+    """Yield the documents of one text file; "" for a line of .jsonl that has none."""
+    if path.name.endswith(".parquet"):
+        yield from parquet_texts(path)
+        return
+    opened = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            if ".jsonl" not in path.suffixes[-2:]:
+                yield from pieces(file)
+                return
+            for line in file:
+                text = None
+                with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+                    text = json.loads(line)["text"]
+                yield text if isinstance(text, str) else ""
+    except (OSError, EOFError, zlib.error) as error:
+        raise Trouble(f"{path} cannot be read to its end ({error})") from None
+
+
+def text_documents(files, share, left_out=None):
+    """Yield (text, held_out) of the user's files without what is nearly empty, not text, or there already.
+
+    share: of the documents that is held out, chosen by a hash of the content. left_out: a Counter of the reasons why
+    something is not yielded.
+    """
+    left_out, seen = Counter() if left_out is None else left_out, set()
+    for path in files:
+        try:
+            for text in read_texts(path):
+                content = text.strip()
+                digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+                number = int.from_bytes(digest, "little")
+                if len(content) < 16:
+                    left_out["nearly empty"] += 1
+                elif "\ufffd" in content or "\0" in content:
+                    left_out["not UTF-8"] += 1
+                elif number in seen:
+                    left_out["duplicate"] += 1
+                else:
+                    seen.add(number)
+                    yield text, number < share * 2**64
+        except Trouble as trouble:
+            left_out[str(trouble)] += 1
+
+
+def prepare_text(paths, name):
+    """Prepare the user's files as the task `name` and return it. Raises Trouble where that name has other text."""
+    if name in TASKS or not OWN_NAME.fullmatch(name):
+        raise Trouble(f"{name!r} cannot name your text; take small letters, digits, - and _, and no name of a task")
+    files, folder = text_files(paths), cache_root() / name
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    source = {"files": len(files), "sha256": hashlib.sha256(json.dumps(state).encode()).hexdigest()}
+    if (folder / "meta.json").exists():
+        task = get_task(name)
+        if read_meta(task)["source"] != source:
+            raise Trouble(
+                f"{name} was prepared from other files, or they have changed since; choose another name with --task, "
+                f"or delete {folder} (scores before and after will not compare)"
+            )
+        return task
+    left_out = Counter()
+    lengths = [len(text) for text, _ in text_documents(files, 0, left_out)]
+    documents, characters = len(lengths), sum(lengths)
+    for reason, number in left_out.items():
+        print(f"left out: {number:,} x {reason}")
+    print(f"{len(files):,} files hold {documents:,} documents of {characters / 1e6:.1f} M characters", flush=True)
+    if not documents:
+        raise Trouble("the text is too small: no document is left")
+    # Sizes by the length of the text and the machine; `build` lowers eval_tokens to what is there.
+    seq_len, vocab_size, eval_tokens = 256, 2048, 2**17
+    if has_gpu() and characters > 2**25:
+        seq_len, vocab_size, eval_tokens = (512, 4096, 2**21) if characters < 2**30 else (2048, 8192, 2**23)
+    # Half as much again as the exam needs, at six characters a token; of small texts a tenth.
+    share = min(0.1, max(9 * eval_tokens / characters, 20 / documents))
+    about = {"source": source, "hidden_folders": [str(file) for file in files]}
+    task = Task(name, name, seq_len, vocab_size, eval_tokens, 300.0, split_long=True)
+    prepare(task, lambda: (functools.partial(text_documents, files, share), documents, about))
+    return get_task(name)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The rows: tokenizer and packing
@@ -232,28 +473,19 @@ def pack(documents, row_len, buffer_size=1000):
     fits, the shortest is cropped to fill the row. Ties go to the document that came first. Tokens of a last row that
     stays unfilled are not yielded. Scheme: nanochat's BOS-aligned best-fit loader; found by bisection on the lengths.
     """
-    documents = iter(documents)
-    waiting, lengths, count = {}, [], 0  # documents by length, first come first; the sorted lengths; their number
+    documents, waiting = iter(documents), []  # sorted by length, first come first
     while True:
         row, room, dropped = [], row_len, 0
         while room:
-            while count < buffer_size and (document := next(documents, None)) is not None:
-                if len(document) not in waiting:
-                    waiting[len(document)] = deque()
-                    bisect.insort(lengths, len(document))
-                waiting[len(document)].append(document)
-                count += 1
-            if not count:
+            while len(waiting) < buffer_size and (document := next(documents, None)) is not None:
+                bisect.insort(waiting, document, key=len)
+            if not waiting:
                 return
-            place = max(0, bisect.bisect_right(lengths, room) - 1)  # place 0 holds the shortest, which may not fit
-            length = lengths[place]
-            document = waiting[length].popleft()
-            count -= 1
-            if not waiting[length]:
-                del waiting[length], lengths[place]
+            place = max(0, bisect.bisect(waiting, room, key=len) - 1)  # 0: the shortest, which may not fit
+            document = waiting.pop(bisect.bisect_left(waiting, len(waiting[place]), key=len))
             row.append(document[:room])
-            dropped += max(0, length - room)
-            room -= min(length, room)
+            dropped += max(0, len(document) - room)
+            room -= min(len(document), room)
         yield np.concatenate(row), dropped
 
 
@@ -261,23 +493,14 @@ def pack(documents, row_len, buffer_size=1000):
 # Preparing: build the data once, fingerprint it, verify it ever after
 
 
-def cache_root():
-    """Folder of everything prepared: AUTORESEARCH_CACHE, else ~/.cache/autoresearch."""
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").resolve()
-
-
 def sha256(path):
     """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_atomically(path, text):
     """Write a small text file so that readers, and a power cut, see either the old content or the new."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -303,78 +526,143 @@ def cache_lock(name):
         yield root
 
 
-def write_rows(path, texts, encoding, task, limit=None):
-    """Tokenise, pack and write rows as uint16 [rows, seq_len + 1], at most `limit`; returns what was counted."""
-    rows = dropped = 0
-    with open(path, "wb") as file:
-        for row, lost in pack(tokenise(texts, encoding, task), task.seq_len + 1):
-            file.write(row.tobytes())
-            rows, dropped = rows + 1, dropped + lost
-            if rows == limit:
-                break
-    return {"rows": rows, "tokens": rows * (task.seq_len + 1), "cropped_tokens": dropped}
+def write_rows(file, texts, encoding, task, limit=None):
+    """Tokenise, pack and append rows, uint16 [seq_len + 1], at most `limit`; returns (rows, cropped tokens)."""
+    rows = cropped = 0
+    for row, lost in itertools.islice(pack(tokenise(texts, encoding, task), task.seq_len + 1), limit):
+        file.write(row.tobytes())
+        rows, cropped = rows + 1, cropped + lost
+    file.flush()
+    os.fsync(file.fileno())
+    return rows, cropped
 
 
-def build(task, documents, folder):
-    """Write tokenizer, rows and fingerprints of `documents`, an iterable of (text, held_out), into `folder`.
+TOKENIZER_TEXT = 2**28  # characters, from the start of the training text, that the tokenizer is trained on
+PART = 2**26  # characters that are packed at a time; a preparation that is killed repeats no more than these
 
-    Files: tokenizer.txt, train.bin and val.bin (uint16 [rows, seq_len + 1]), meta.json. Raises Trouble where the text
-    is too small for the task.
+
+def first_texts(texts, size):
+    """Yield texts up to about `size` characters; leaves the rest of an iterator where it is."""
+    for text in texts:
+        yield text
+        size -= len(text)
+        if size <= 0:
+            return
+
+
+def of_part(documents, held_out):
+    """The texts of documents that are held out, or of those that are not.
+
+    Half of a broken surrogate pair has no UTF-8 form; it becomes U+FFFD before anything is counted.
+    """
+    for text, is_held_out in documents:
+        if is_held_out == held_out:
+            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def build(task, documents, count, about, folder):
+    """Write tokenizer, rows and fingerprints of a text into `folder`, or go on where an earlier call was cut off.
+
+    documents(): yields (text, held_out), the same each time; count: how many; about: what meta.json will say of them,
+    where "source", if any, tells whether what `folder` holds is of this text. Files: tokenizer.txt, train.bin and
+    val.bin (uint16 [rows, seq_len + 1]), meta.json. Raises Trouble where the text is too small for the task.
     """
     from rich.progress import track
 
-    started = time.monotonic()
-    train, held_out = [], []
-    for text, is_held_out in documents:
-        # Half of a broken surrogate pair has no UTF-8 form; it becomes U+FFFD before anything is counted.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        (held_out if is_held_out else train).append(text)
-    print(f"text: {len(train):,} documents, {sum(map(len, train)) / 1e6:.1f} M characters, {len(held_out):,} held out")
+    started, meta = time.monotonic(), {}
+    with contextlib.suppress(OSError, ValueError):
+        meta = json.loads((folder / "progress.json").read_text())
+    if "source" in about and meta.get("source") == about["source"]:
+        print(f"going on after {meta['texts']:,} documents", flush=True)
+    else:
+        meta = about | build_validation(task, documents, folder)
+    task, val, train = Task(**meta["task"]), meta["val"], meta["train"]
+    encoding = build_encoding(load_tokens(folder))
+
+    with open(folder / "train.bin", "ab") as file:
+        file.truncate(train["rows"] * (task.seq_len + 1) * 2)
+        rest = itertools.islice(of_part(track(documents(), "packing", count), False), meta["texts"], None)
+        while part := list(first_texts(rest, PART)):
+            rows, cropped = write_rows(file, part, encoding, task)
+            train["rows"] += rows
+            train["cropped_tokens"] += cropped
+            meta["texts"] += len(part)
+            write_atomically(folder / "progress.json", json.dumps(meta))
+
+    sizes = (
+        f"{train['rows']:,} rows for training from {meta['texts']:,} documents, "
+        f"{val['rows']:,} for validation from the {count - meta['texts']:,} held out"
+    )
+    if val["rows"] < task.eval_rows or not train["rows"]:
+        raise Trouble(f"the text is too small: {sizes}; {task.eval_rows:,} are scored")
+    meta |= {"tokenizer_sha256": sha256(folder / "tokenizer.txt"), "val_sha256": sha256(folder / "val.bin")}
+    (folder / "progress.json").unlink()
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    cropped = train["cropped_tokens"] / (train["rows"] * (task.seq_len + 1))
+    print(f"{sizes}; {cropped:.1%} of the tokens cropped; {time.monotonic() - started:.0f} s")
+
+
+def build_validation(task, documents, folder):
+    """Write tokenizer and validation rows into `folder`, afresh; returns the first entries of meta.json.
+
+    An own text is scored on what there is: its eval_tokens are lowered to that.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     print(f"tokenizer: training {task.vocab_size:,} tokens", flush=True)
-    tokens = train_tokenizer(train, task.vocab_size)
-    (folder / "tokenizer.txt").write_bytes(b"".join(base64.b64encode(token) + b"\n" for token in tokens))
-    encoding = build_encoding(tokens)
-    counts = {"train": write_rows(folder / "train.bin", track(train, "tokenising, packing"), encoding, task)}
-    counts["val"] = write_rows(folder / "val.bin", held_out, encoding, task, task.eval_rows)
-    if counts["val"]["rows"] < task.eval_rows or not counts["train"]["rows"]:
-        raise Trouble(
-            f"the text is too small: it gives {counts['train']['rows']:,} training rows and "
-            f"{counts['val']['rows']:,} of the {task.eval_rows:,} validation rows that {task.name} scores"
-        )
-    meta = {
-        "dataset": task.dataset,
+    tokens = train_tokenizer(first_texts(of_part(documents(), False), TOKENIZER_TEXT), task.vocab_size)
+    lines = [base64.b64encode(token).decode() + "\n" for token in tokens]
+    write_atomically(folder / "tokenizer.txt", "".join(lines))
+    texts, own = of_part(documents(), True), task.name not in TASKS
+    if own:  # in the order of their hash, so that what is scored comes from everywhere
+        texts = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    with open(folder / "val.bin", "wb") as file:
+        rows, cropped = write_rows(file, texts, build_encoding(tokens), task, task.eval_rows)
+        if own and 32 <= rows < task.eval_rows:
+            rows = 2 ** (rows.bit_length() - 1)
+            file.truncate(rows * (task.seq_len + 1) * 2)
+            task = dataclasses.replace(task, eval_tokens=rows * task.seq_len)
+    return {
+        "task": dataclasses.asdict(task),
         "seq_len": task.seq_len,
         "vocab_size": task.vocab_size,
-        **counts,
-        "tokenizer_sha256": sha256(folder / "tokenizer.txt"),
-        "train_sha256": sha256(folder / "train.bin"),
-        "val_sha256": sha256(folder / "val.bin"),
-        "hidden_folders": hidden_folders() if task.dataset == "pycode" else [],
+        "val": {"rows": rows, "cropped_tokens": cropped},
+        "train": {"rows": 0, "cropped_tokens": 0},
+        "texts": 0,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    seconds = time.monotonic() - started
-    print(
-        f"rows: {counts['train']['rows']:,} for training ({counts['train']['tokens'] / 1e6:.1f} M tokens, "
-        f"{counts['train']['cropped_tokens']:,} cropped), {counts['val']['rows']:,} for validation; {seconds:.0f} s"
-    )
 
 
-def prepare(task):
-    """Build the task's data if it is not there yet and return its verified folder. Safe to interrupt and to repeat."""
+def prepare(task, source=None, shards=None):
+    """Build the task's data if it is not there yet and return its verified folder. Safe to interrupt and to repeat.
+
+    source(): documents, count and description, as `build` takes them, instead of those of the task's dataset. shards:
+    of climbmix, for training. Raises Trouble where the data are there and were made from another number of them.
+    """
+    if shards is not None and (task.dataset != "climbmix" or not 1 <= shards <= 6542):
+        raise Trouble("--shards is a number from 1 to 6542, and only for climbmix")
+    if not source:
+        hub = functools.partial(hub_source, task.dataset, shards or 10)
+        source = pycode_source if task.dataset == "pycode" else hub
     with cache_lock(task.dataset) as root:
-        folder = root / task.dataset
+        folder, temporary = root / task.dataset, root / f"{task.dataset}.tmp"
         if not (folder / "meta.json").exists():
-            for leftover in root.glob(f"{task.dataset}.*.tmp"):
-                shutil.rmtree(leftover)
-            temporary = Path(tempfile.mkdtemp(prefix=f"{task.dataset}.", suffix=".tmp", dir=root))
+            if folder.exists():
+                raise Trouble(f"{folder} holds no complete data; delete it and start again")
             try:
-                build(task, SOURCES[task.dataset](), temporary)
+                build(task, *source(), temporary)
                 temporary.rename(folder)
+            except ImportError as error:
+                raise Trouble(f"{error}; run: pip install -e .") from None
             except OSError as error:
-                raise Trouble(f"cannot write the data to {root}: {error.strerror}") from None
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                raise Trouble(f"cannot write the data to {root}: {error.strerror or error}") from None
+        elif shards and (made_from := len(read_meta(task)["source"]["files"]) - 1) != shards:
+            raise Trouble(f"{folder} was made from {made_from} shards; delete it to make it from {shards}")
     return verify(task)
+
+
+def read_meta(task):
+    """What meta.json says of the task's data; raises OSError or ValueError where it cannot be read."""
+    return json.loads((cache_root() / task.dataset / "meta.json").read_text())
 
 
 def verify(task):
@@ -383,9 +671,12 @@ def verify(task):
     The large train.bin is checked by its size alone; a change there could not fake a score.
     """
     folder = cache_root() / task.dataset
-    again = f"delete {folder} and run: python prepare.py --task {task.name}"
+    run = f"run: python prepare.py {'' if task.name in TASKS else '--text PATH... '}--task {task.name}"
+    again = f"delete {folder} and {run}"
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        if not (folder / "meta.json").exists():
+            raise Trouble(f"missing: data for {task.name}; {run}")
+        meta = read_meta(task)
         if (meta["seq_len"], meta["vocab_size"]) != (task.seq_len, task.vocab_size):
             raise Trouble(f"the data in {folder} was made for another task; {again}")
         for part in ("train", "val"):
@@ -394,16 +685,17 @@ def verify(task):
         for file, key in (("tokenizer.txt", "tokenizer_sha256"), ("val.bin", "val_sha256")):
             if sha256(folder / file) != meta[key]:
                 raise Trouble(f"{folder}/{file} has changed since it was prepared (its SHA-256 differs); {again}")
-    except FileNotFoundError as error:
-        missing = error.filename if (folder / "meta.json").exists() else f"data for {task.name}"
-        raise Trouble(f"missing: {missing}; run: python prepare.py --task {task.name}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Trouble(f"{folder} cannot be read ({error}); {again}") from None
     return folder
 
 
-def machine_flops():
-    """Dense bf16 matrix-multiply rate of this machine's GPU, else CPU, in FLOP/s: measured once, then remembered."""
+def machine_flops(again=False):
+    """Dense bf16 matrix-multiply rate of this machine's GPU, else CPU, in FLOP/s: measured once, then remembered.
+
+    again: measure once more, and remember the result if it is higher by a tenth: other programs had used the machine
+    then. Less is noise, for which the sizes that follow from the rate must not change.
+    """
     if "flops" in TOLD:
         return TOLD["flops"]
     with cache_lock("hardware") as root:
@@ -411,21 +703,23 @@ def machine_flops():
         known = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
             known = json.loads(path.read_text())
-        if name not in known:
+        if again or "matmul_flops" not in known.get(name, {}):
             print("measuring the matrix-multiply rate of this machine", flush=True)
-            known[name] = measure_flops()
-            write_atomically(path, json.dumps(known, indent=1) + "\n")
-        return known[name]["flops"]
+            measured = measure_flops()
+            if measured["matmul_flops"] > 1.1 * known.get(name, {}).get("matmul_flops", 0.0):
+                known[name] = measured
+                write_atomically(path, json.dumps(known, indent=1) + "\n")
+        return known[name]["matmul_flops"]
 
 
-def measure_flops():
-    """{device, flops}: the best of many timed products of square bf16 matrices."""
+def measure_flops(seconds=1.5):
+    """{device, matmul_flops}: the best of many timed products of square bf16 matrices."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 1024
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    best, end = math.inf, time.monotonic() + 1.5
+    best, end = math.inf, time.monotonic() + seconds
     while time.monotonic() < end:
         start = time.perf_counter()
         for _ in range(5):
@@ -434,7 +728,7 @@ def measure_flops():
             torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - start) / 5)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "flops": 2 * size**3 / best}
+    return {"device": name, "matmul_flops": 2 * size**3 / best}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,17 +856,15 @@ def seal(model, task):
         elif node.op == "placeholder":
             tensors[slots[node]] = specs[node.name].target  # None for the tokens
         else:
-            getitem = getattr(node.target, "__name__", "") == "getitem"
-            if not getitem and getattr(node.target, "namespace", "") != "aten":
-                raise Refused(f"{node.target} is not an aten operator (autocast? a custom or higher-order operator?)")
-            name = "getitem" if getitem else f"{node.target._schema.name[6:]}.{node.target._overloadname}"
-            if not getitem:
+            if getattr(node.target, "__name__", "") == "getitem":
+                name = "getitem"
+            elif getattr(node.target, "namespace", "") == "aten":
+                name = f"{node.target._schema.name[6:]}.{node.target._overloadname}"
                 find_operator(name)
-            arguments = (
-                encode_argument(node.args, slots),
-                {k: encode_argument(v, slots) for k, v in node.kwargs.items()},
-            )
-            calls.append([slots[node], name, *arguments])
+            else:
+                raise Refused(f"{node.target} is not an aten operator (autocast? a custom or higher-order operator?)")
+            kwargs = {key: encode_argument(value, slots) for key, value in node.kwargs.items()}
+            calls.append([slots[node], name, encode_argument(node.args, slots), kwargs])
             used.update(node.all_input_nodes)
     program = {"device": device.type, "batch": batch, "tensors": tensors, "calls": calls[::-1], "output": slots[output]}
     return json.loads(json.dumps(program)), exported.constants
@@ -830,7 +1122,7 @@ class Run:
 
         save_sealed(self._path, self._program, self._tensors(model))
         seconds = self.seconds
-        report = {"steps": self._steps, "tokens": self._tokens, "params": self._params, "device": device_name()}
+        report = {"steps": self._steps, "tokens": self._tokens, "params": self._params}
         if torch.cuda.is_available():
             report["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
         if self._channel:
@@ -846,20 +1138,14 @@ class Run:
         print_summary(result)
 
 
-def device_name():
-    """What the model is trained on, for the records."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The sandbox: Landlock rules for the candidate and for the examiner
 
 
 def openings(root, hidden):
-    """Yield the paths that together make up the folder `root` without the `hidden` folders below it."""
-    ancestors = {parent for folder in hidden for parent in Path(folder).parents}
+    """Yield the paths that together make up the folder `root` without the `hidden` files and folders below it."""
+    hidden = {path for path in hidden if path == root or path.startswith(os.path.join(root, ""))}
+    ancestors = {parent for path in hidden for parent in Path(path).parents}
 
     def walk(path):
         if str(path) in hidden:
@@ -905,10 +1191,13 @@ def sandbox_level():
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 22, 24, 36
 
 
+LIBC = ctypes.CDLL(None)  # opened once: after a fork, a lock of the loader may be held for good
+
+
 def prctl(option, value):
     """Linux process control; does nothing elsewhere."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value)
+        LIBC.prctl(option, value)
 
 
 # System calls that Landlock does not rule, by their numbers on x86_64 and aarch64. The first would reach a server or
@@ -944,7 +1233,7 @@ def forbid_system_calls():
     code += [(end, 0, 0, allow)]
     lines = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(lines)))
-    if ctypes.CDLL(None).prctl(PR_SET_SECCOMP, 2, program, 0, 0):
+    if LIBC.prctl(PR_SET_SECCOMP, 2, program, 0, 0):
         raise OSError("the kernel refused the seccomp filter")
 
 
@@ -1084,11 +1373,8 @@ def supervise(child, examiner, channel, output, rows, task, out):
     deadline, next_look, peak, report = started + task.startup_limit, started, 0, {}
     free_at_start = shutil.disk_usage(out).free
     outcome = reason = None
-    with (
-        contextlib.closing(log),
-        open(out / "metrics.jsonl", "w") as metrics,
-        selectors.DefaultSelector() as selector,
-    ):
+    metrics = open(out / "metrics.jsonl", "w")
+    with contextlib.closing(log), metrics, selectors.DefaultSelector() as selector:
         selector.register(channel, selectors.EVENT_READ)
         selector.register(output, selectors.EVENT_READ)
         try:
@@ -1144,7 +1430,6 @@ def supervise(child, examiner, channel, output, rows, task, out):
         "training_seconds": round(end - begun, 3) if begun else 0.0,
         "peak_rss_mb": round(peak / 2**20, 1),
         **numbers({key: report.get(key) for key in ("steps", "tokens", "params", "peak_vram_mb")}),
-        "device": one_line(report.get("device", ""), 80),
     }
 
 
@@ -1171,29 +1456,26 @@ def take_submission(room, out):
     return kept
 
 
-def trial(train_py, out, task, seed, sandbox=True, beat=None):
+def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None):
     """Run the candidate `train_py` once in the folder `out` and score it; returns what it writes to out/result.json.
 
-    beat: val_bpb below which the score matters, so that the exam looks closer (None: always). Raises Trouble, with
-    nothing started, where data or disk are not fit for an exam.
+    beat: val_bpb below which the score matters, so that the exam looks closer (None: always). flops: what the candidate
+    is told by machine_flops(). Raises Trouble or OSError, with nothing started, where data or disk are not fit.
     """
-    folder, flops, begun = verify(task), machine_flops(), time.monotonic()
+    folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
     train_py, room = Path(train_py).resolve(), out / "room"
-    try:
-        source = train_py.read_bytes()
-        remove(room)
-        room.mkdir(parents=True)
-        for stale in ("result.json", "model.safetensors"):
-            (out / stale).unlink(missing_ok=True)
-        (room / "train.py").write_bytes(source)
-        shutil.copyfile(__file__, room / "prepare.py")
-    except OSError as error:
-        raise Trouble(f"cannot set up the trial in {out}: {error.filename}: {error.strerror}") from None
+    source = train_py.read_bytes()
+    remove(room)
+    room.mkdir(parents=True)
+    for stale in ("result.json", "model.safetensors"):
+        (out / stale).unlink(missing_ok=True)
+    (room / "train.py").write_bytes(source)
+    shutil.copyfile(__file__, room / "prepare.py")
     if shutil.disk_usage(out).free < 2 * DISK_RESERVE:
-        raise Trouble(f"the disk that holds {out} is full; a trial needs {2 * DISK_RESERVE / 2**30:.1f} GB")
+        raise Pause(f"the disk that holds {out} is full; a trial needs {2 * DISK_RESERVE / 2**30:.1f} GB")
 
     level = sandbox_level() if sandbox else "none"
-    hidden = json.loads((folder / "meta.json").read_text())["hidden_folders"]
+    hidden = read_meta(task).get("hidden_folders", [])
     rules = None if level == "none" else sandbox_rules([], [room], hidden)
     examiner = start_examiner(None if level == "none" else sandbox_rules([out, folder, __file__], [], []))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -1213,24 +1495,19 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None):
     rows = os.open(folder / "train.bin", os.O_RDONLY)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
-        child = start_confined(
-            [sys.executable, "train.py"],
-            rules,
-            cwd=room,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=child_output,
-            stderr=child_output,
-            pass_fds=[theirs.fileno()],
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": child_output, "stderr": child_output}
+        command, passed = [sys.executable, "train.py"], [theirs.fileno()]
+        child = start_confined(command, rules, cwd=room, env=environment, pass_fds=passed, **streams)
         os.close(child_output)
         theirs.close()
         result = supervise(child, examiner, ours, output, rows, task, out)
+        submission = None
         if result["outcome"] == "ok":
             try:
-                result |= finish_examiner(examiner, take_submission(room, out), task, verify(task), beat)
+                submission = take_submission(room, out)
             except Refused as refusal:
                 result |= {"outcome": "invalid", "reason": str(refusal)}
+        result |= finish_examiner(examiner, submission, task, verify(task), beat)
     finally:
         end_processes()
         os.close(output)
@@ -1252,7 +1529,8 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None):
 
 def fingerprints(task):
     """SHA-256 of everything besides train.py that decides a score: prepare.py, the tokenizer, the validation rows."""
-    meta = json.loads((verify(task) / "meta.json").read_text())
+    verify(task)
+    meta = read_meta(task)
     return {"prepare.py": sha256(__file__), "tokenizer": meta["tokenizer_sha256"], "val": meta["val_sha256"]}
 
 
@@ -1295,8 +1573,11 @@ def start_examiner(rules):
 
 
 def finish_examiner(examiner, path, task, folder, beat):
-    """Have the examiner score the submission at `path`; returns outcome, reason or val_bpb, and what examine() says."""
-    request = {"path": str(path), "task": dataclasses.asdict(task), "folder": str(folder), "beat": beat}
+    """Have the examiner score the submission at `path`, if there is one, and look at the machine.
+
+    Returns device, matmul_flops, and what examine() says; outcome and reason where the exam fails.
+    """
+    request = {"path": path and str(path), "task": dataclasses.asdict(task), "folder": str(folder), "beat": beat}
     errors = ""
     try:
         answer, errors = examiner.communicate(json.dumps(request) + "\n", timeout=task.exam_limit)
@@ -1306,6 +1587,8 @@ def finish_examiner(examiner, path, task, folder, beat):
         return {"outcome": "invalid", "reason": f"the exam took longer than {task.exam_limit:.0f} s"}
     except (ValueError, OSError):
         last = (errors.strip().splitlines() or [exit_reason(examiner.wait())])[-1]
+        if not path:
+            return {}
         return {"outcome": "invalid", "reason": f"the sealed model broke the exam: {one_line(last, 300)}"}
 
 
@@ -1316,11 +1599,17 @@ def exam():
     request = json.loads(sys.stdin.readline() or "null")
     if request:
         task, folder = Task(**request["task"]), Path(request["folder"])
+        answer = measure_flops(0.2)  # right after the training: is the machine as fast as it was, and is the GPU there?
         try:
-            answer = examine(request["path"], task, folder, request["beat"])
+            if request["path"]:
+                answer |= examine(request["path"], task, folder, request["beat"])
         except Refused as refusal:
-            answer = {"outcome": "invalid", "reason": one_line(refusal, 2500)}
+            answer |= {"outcome": "invalid", "reason": one_line(refusal, 2500)}
         print(json.dumps(answer))
+
+
+# What the operators of a sealed model raise; anything else is a fault of ours.
+MODEL_FAULTS = (RuntimeError, TypeError, LookupError, ArithmeticError, ValueError, AttributeError, MemoryError)
 
 
 def examine(path, task, folder, beat=None):
@@ -1352,23 +1641,15 @@ def examine(path, task, folder, beat=None):
                 size += spans.sum().item()
                 if index == min(probed):
                     noise = (compute_logits(forward, tokens, task) - logits).abs().max().item()
-                if index in probed:
+                for _ in range(2 if beat is None else index in probed):
                     moved = max(moved, leak(forward, tokens, logits, task))
             val_bpb = nats / math.log(2) / size
-            if beat is None or val_bpb < beat:
+            if beat is not None and val_bpb < beat:
                 for chunk in batches:
                     tokens = chunk[:, :-1].clone().to(device)
                     logits = compute_logits(forward, tokens, task)
                     moved = max(moved, *(leak(forward, tokens, logits, task) for _ in range(2)))
-        except (
-            RuntimeError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            ValueError,
-            AttributeError,
-            MemoryError,
-        ) as error:
+        except MODEL_FAULTS as error:
             raise Refused(f"the sealed model fails on the validation rows: {str(error)[:300]}") from None
     if not noise <= LEAK_TOLERANCE:
         raise Refused(f"the model is not deterministic: the same tokens gave logits that differ by {noise:.2g}")
@@ -1382,50 +1663,100 @@ def examine(path, task, folder, beat=None):
 # Commands
 
 
-def main():
+def check(task):
+    """Print a line on each thing that a night on `task` needs besides the researcher; returns the exit code."""
+    import torch
+
+    faults = []
+
+    def say(what, words, advice):
+        if advice:
+            faults.append(what)
+            words = f"{words}; {advice}"
+        print(f"{'NO' if advice else 'ok':<4}{what + ':':<15}{words}", flush=True)
+
+    try:
+        rows = read_meta(task)["train"]["rows"] if verify(task) else 0
+        say("data", f"{task.name} in {cache_root() / task.dataset}, {rows:,} training rows, fingerprints match", "")
+    except Trouble as trouble:
+        what, _, advice = str(trouble).partition("; ")
+        say("data", what, advice)
+    for what, folder in (("disk for runs", Path(__file__).resolve().parent), ("disk for data", cache_root())):
+        free = shutil.disk_usage(folder if folder.exists() else Path.home()).free
+        say(what, f"{free / 1e9:.0f} GB free at {folder}", "" if free > 5e9 else "a night needs 5: make room")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        words = f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GB free"
+        say("GPU", words, "" if free > 0.8 * total else "end the other programs that use it (nvidia-smi shows them)")
+    else:
+        advice = "look at the driver, and install a CUDA build of torch" if has_gpu() else ""
+        say("GPU", f"none that torch {torch.__version__} can use; training runs on the CPU", advice)
+    level = sandbox_level()
+    advice = "the candidate can read and write all that you can. Linux 5.13 with Landlock switched on is needed"
+    say("sandbox", level, advice if level == "none" else "")
+    now = measure_flops()
+    best = max(machine_flops(), now["matmul_flops"])
+    words = f"{now['matmul_flops'] / 1e12:.2f} TFLOP/s on {now['device']}, {best / 1e12:.2f} at best"
+    say("speed", words, "" if now["matmul_flops"] > 0.75 * best else "end what else uses the machine")
+    return 2 if faults else 0
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Prepare a task's data, or run one trial of a train.py under sandbox, clock and exam.",
         epilog="Data lives in ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it).",
     )
-    parser.add_argument("--task", metavar="NAME", help=f"one of: {', '.join(TASKS)} (default: {TASK.name})")
-    commands = parser.add_subparsers(dest="command", metavar="trial")
-    one = commands.add_parser("trial", help="run and score one candidate", description="Run and score one candidate.")
-    one.add_argument("train_py", metavar="TRAIN_PY", help="the candidate's train.py")
-    one.add_argument("--out", required=True, metavar="DIR", help="folder for result.json, log.txt and metrics.jsonl")
-    one.add_argument("--task", metavar="NAME", default=argparse.SUPPRESS, help="as above")
-    one.add_argument(
-        "--seed", type=int, default=SEED, metavar="N", help="of data order and initialisation (default: 0)"
-    )
-    one.add_argument("--budget", type=float, metavar="SECONDS", help="of training, instead of the task's own")
-    one.add_argument("--beat", type=float, metavar="BPB", help="examine less closely a score above it (default: none)")
-    one.add_argument("--no-sandbox", action="store_true", help="run the candidate unconfined: only for code you trust")
-    arguments = parser.parse_args()
+    add = parser.add_argument
+    add("--task", metavar="NAME", help=f"one of: {', '.join(TASKS)}, or the name of an own text (default: {TASK.name})")
+    add("--shards", type=int, metavar="N", help="training shards of climbmix, of 6,542 (default: 10)")
+    add("--text", nargs="+", metavar="PATH", help=f"prepare own files and folders ({' '.join(KINDS)}) as --task (text)")
+    add("--check", action="store_true", help="look whether all is well for a night, and exit")
+    one = parser.add_subparsers(dest="command", metavar="trial").add_parser("trial", help="run and score one candidate")
+    add = one.add_argument
+    add("train_py", metavar="TRAIN_PY", help="the candidate's train.py")
+    add("--out", required=True, metavar="DIR", help="folder for result.json, log.txt and metrics.jsonl")
+    add("--task", metavar="NAME", default=argparse.SUPPRESS, help="as above")
+    add("--seed", type=int, default=SEED, metavar="N", help="of data order and initialisation (default: 0)")
+    add("--budget", type=float, metavar="SECONDS", help="of training, instead of the task's own")
+    add("--beat", type=float, metavar="BPB", help="examine less closely a score above it (default: none)")
+    add("--flops", type=float, metavar="RATE", help="machine_flops() for the candidate (default: as measured)")
+    add("--no-sandbox", action="store_true", help="run the candidate unconfined: only for code you trust")
+    add("--parent", type=int, help=argparse.SUPPRESS)  # the process that this one is not to outlive
+    return parser.parse_args()
 
-    def end(*_):
-        raise SystemExit(143)
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGHUP, end)
+def main():
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a script's background it would be ignored
     try:
-        if arguments.command != "trial":
+        if arguments.command == "trial":
+            if arguments.parent:
+                prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+                if os.getppid() != arguments.parent:
+                    return 143
+            task, sandbox = get_task(arguments.task, arguments.budget), not arguments.no_sandbox
+            if sandbox_level() == "none" or not sandbox:
+                print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
+            out = Path(arguments.out).resolve()
+            result = trial(arguments.train_py, out, task, arguments.seed, sandbox, arguments.beat, arguments.flops)
+            print_summary(result)
+            return 0 if result["outcome"] == "ok" else 1
+        if arguments.check:
+            return check(get_task(arguments.task))
+        if arguments.text:
+            task = prepare_text(arguments.text, arguments.task or "text")
+        else:
             task = get_task(arguments.task)
-            folder = prepare(task)
-            rate = machine_flops()
-            print(f"{task.name} is ready in {folder}; this machine multiplies matrices at {rate / 1e12:.2f} TFLOP/s")
-            return 0
-        task = get_task(arguments.task, arguments.budget or (TASK.time_budget if not arguments.task else None))
-        if sandbox_level() == "none" or arguments.no_sandbox:
-            print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
-        sandbox, out = not arguments.no_sandbox, Path(arguments.out).resolve()
-        result = trial(arguments.train_py, out, task, arguments.seed, sandbox, arguments.beat)
-        print_summary(result)
-        return 0 if result["outcome"] == "ok" else 1
-    except Trouble as trouble:
-        print(f"prepare.py: {trouble}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        return 2
+            prepare(task, shards=arguments.shards)
+        folder, rate = verify(task), machine_flops(again=True)
+        print(f"{task.name} is ready in {folder}; this machine multiplies matrices at {rate / 1e12:.2f} TFLOP/s")
+        return 0
+    except (Trouble, OSError) as error:
+        print(f"prepare.py: {words(error)}", file=sys.stderr)
+        return PAUSE_CODE if isinstance(error, Pause) or getattr(error, "errno", None) in DISK_FULL else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,20 +1,25 @@
-"""Measures what the README claims, as a table; run by hand: python tests/bench.py [--out DIR], some two minutes.
+"""Measures what the README claims, as a table; run by hand: python tests/bench.py [--out DIR], some three minutes.
 
-Every row compares ours with a plain way of doing the same in the same process. Nothing here is an assertion.
+Every row compares ours with a plain way of doing the same, in seconds unless it says otherwise.
+Nothing here is an assertion.
 """
 
 import argparse
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import nights  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from test_prepare import plain_pack  # noqa: E402
 
 import prepare  # noqa: E402
 
@@ -49,7 +54,7 @@ def loader(folder):
 
 
 def exam(folder, scratch):
-    """Seconds to examine the baseline's model, the same where its score would count, and to evaluate it unprobed."""
+    """Rows on examining the model of the baseline, against evaluating it unprobed."""
     import train
 
     torch.manual_seed(0)
@@ -68,15 +73,195 @@ def exam(folder, scratch):
             F.cross_entropy(model(chunk[:, :-1]).flatten(0, 1), chunk[:, 1:].flatten()).item()
 
     path = scratch / "model.safetensors"
-    first = seconds(lambda: prepare.examine(path, TASK, folder, beat=0.0))
-    return first, seconds(lambda: prepare.examine(path, TASK, folder)), seconds(plain)
+    unprobed = seconds(plain)
+
+    def row(what, beat):
+        ours = seconds(lambda: prepare.examine(path, TASK, folder, beat))
+        return f"exam: {what}, against a plain evaluation", ours, unprobed
+
+    return [row("a score too high to count", 0.0), row("a baseline", None), row("a new best", float("inf"))]
+
+
+def plain_pack(documents, row_len, buffer_size):
+    """Best-fit packing as its definition says it, by looking through the whole buffer."""
+    documents, waiting = iter(documents), []
+    while True:
+        row, dropped = [], 0
+        while len(row) < row_len:
+            while len(waiting) < buffer_size and (document := next(documents, None)) is not None:
+                waiting.append(document)
+            if not waiting:
+                return
+            room = row_len - len(row)
+            fitting = [document for document in waiting if len(document) <= room]
+            longest = max(map(len, fitting), default=None)
+            shortest = min(map(len, waiting))
+            place = [len(document) for document in waiting].index(longest or shortest)
+            document = waiting.pop(place)
+            row += list(document[:room])
+            dropped += max(0, len(document) - room)
+        yield row, dropped
+
+
+def packing(folder):
+    """(ours, plain): seconds to encode and pack a million tokens; the same on one thread, with the plain search."""
+    encoding = prepare.build_encoding(prepare.load_tokens(folder))
+    texts = [text for text, _ in prepare.pycode_documents()][:2000]
+    millions = sum(map(len, prepare.tokenise(texts, encoding, TASK))) / 1e6
+
+    def plain():
+        pieces = []
+        for text in texts[:200]:
+            ids = encoding.encode_ordinary(text)
+            pieces += [[TASK.vocab_size - 1, *ids[i : i + TASK.seq_len]] for i in range(0, len(ids), TASK.seq_len)]
+        for _ in plain_pack(pieces, TASK.seq_len + 1, 1000):
+            pass
+        return sum(map(len, pieces)) / 1e6
+
+    ours = seconds(lambda: deque(prepare.pack(prepare.tokenise(texts, encoding, TASK), TASK.seq_len + 1), maxlen=0))
+    return ours / millions, seconds(plain) / plain()
+
+
+def memory(scratch):
+    """(large, small): gigabytes of memory that preparing 200 and 50 MB of own text takes at most."""
+    texts = [text for text, _ in prepare.pycode_documents()]
+
+    def peak(megabytes):
+        folder = scratch / f"text{megabytes}"
+        folder.mkdir()
+        size, number = 0, 0
+        with open(folder / "text.jsonl", "w") as file:
+            while size < megabytes * 1e6:  # numbered, so that none is a duplicate
+                size += file.write(json.dumps({"text": f"{number}\n{texts[number % len(texts)]}"}) + "\n")
+                number += 1
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare\n"
+            f"prepare.prepare_text([{str(folder)!r}], 'text{megabytes}')\nprint(open('/proc/self/status').read())"
+        )
+        environment = os.environ | {"AUTORESEARCH_CACHE": str(scratch / "cache")}
+        said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return int(said.stdout.partition("VmHWM:")[2].split()[0]) / 1e6
+
+    return peak(200), peak(50)
 
 
 def overhead(scratch, budget):
-    """(wall seconds of a trial of the baseline beyond its budget, budget)."""
+    """Rows on the wall time of a trial of the baseline beyond its budget: in all, and the parts of it."""
     result = prepare.trial(ROOT / "train.py", scratch / "trial", prepare.get_task("pycode", budget), 0)
     prepare.print_summary(result)
-    return result["total_seconds"] - result["training_seconds"], budget
+    beyond = result["total_seconds"] - result["training_seconds"]
+    return [
+        ("trial: wall time beyond the budget, against the budget", beyond, budget),
+        ("trial: start-up and seal, against that time", result["startup_seconds"], beyond),
+        ("trial: exam, against that time", result["eval_seconds"], beyond),
+    ]
+
+
+def training():
+    """Rows on a step of the baseline for 60 s: its parts, and its pieces against plain ones."""
+    import train
+
+    peak = prepare.machine_flops()
+    depth, dim, head_dim, batch = train.size_for(peak * train.EXPECTED_MFU * 60)
+    train.keep_freed_memory()
+    torch.manual_seed(0)
+    model = train.GPT(TASK.vocab_size, TASK.seq_len, depth, dim, head_dim)
+    tokens = torch.randint(TASK.vocab_size, (max(1, min(train.CPU_TOKENS, batch) // TASK.seq_len), TASK.seq_len))
+    passes, loss_of = batch // tokens.numel(), train.make_loss(model, compiled=False)
+    matrices = list(model.blocks.parameters())
+    adamw, muon, singles = train.make_adamw(model), train.Muon(matrices), [train.Muon([m]) for m in matrices]
+    unfused = torch.optim.AdamW([{**group, "fused": False} for group in adamw.param_groups])
+    q, k, v = torch.randn(3, 8, dim // head_dim, TASK.seq_len, head_dim).bfloat16()
+    window = min(model.windows)
+    distance = torch.arange(TASK.seq_len)[:, None] - torch.arange(TASK.seq_len)
+    band = (distance >= 0) & (distance < window)
+
+    def plain_optimisers():
+        unfused.step()
+        for single in singles:
+            single.step(0.0, 0.9, 0.1)
+
+    def plain_loss(hidden):  # the last product, the soft cap and the loss, without the rest of the model
+        logits = 2 * train.SOFT_CAP * torch.sigmoid(model.head(hidden).float())
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+
+    with train.fast_attention(torch.device("cpu")):
+        both = seconds(lambda: loss_of(tokens, tokens).backward(), 20) * passes
+        head = seconds(lambda: plain_loss(torch.randn(*tokens.shape, dim).bfloat16().requires_grad_()), 20) * passes
+        optimisers = seconds(lambda: train.update(adamw, muon, 0, 1.0), 20)
+        plain = seconds(plain_optimisers, 20)
+        ours = seconds(lambda: train.attend(q, k, v, window), 20)
+        banded = seconds(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=band), 20)
+    step = both + optimisers
+    return [
+        ("step: optimisers, against one matrix at a time and AdamW unfused", optimisers, plain),
+        ("step: optimisers, against the whole step", optimisers, step),
+        ("step: head and loss, against the whole step", head, step),
+        ("step: TFLOP/s, against the measured rate", model.flops_per_token() * batch / step / 1e12, peak / 1e12),
+        ("attention: short window, against a banded mask", ours, banded),
+    ]
+
+
+def saved_bytes(task, flops, rows):
+    """(bytes that one pass of `rows` rows keeps for its backward, uncompiled; bytes of weights and optimisers)."""
+    import train
+
+    train.TASK, attend = task, train.attend
+    train.attend = lambda q, k, v, window: q * k * v  # keeps what a fused kernel keeps
+    try:
+        depth, dim, head_dim, _ = train.size_for(flops * train.EXPECTED_MFU * task.time_budget)
+        with torch.device("meta"):
+            model = train.GPT(task.vocab_size, task.seq_len, depth, dim, head_dim)
+            tokens = torch.zeros(rows, task.seq_len, dtype=torch.int64)
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = train.make_loss(model, compiled=False)(tokens, tokens)
+        del loss
+    finally:
+        train.TASK, train.attend = TASK, attend
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return sum(storage.nbytes() for storage in kept.values()) - weights, 4 * weights
+
+
+def cards():
+    """Rows on GPU memory, estimated on the meta device: what one pass at climbmix's size takes, against the card's.
+
+    Uncompiled, so an upper bound. Rates are of dense bfloat16 products; the rows are those that start-up would keep.
+    """
+    import train
+
+    task, table = prepare.TASKS["climbmix"], []
+    for name, gigabytes, flops in (("8 GB", 8, 3e13), ("12 GB", 12, 4e13), ("24 GB", 24, 7e13), ("80 GB", 80, 7e14)):
+        batch = train.size_for(flops * train.EXPECTED_MFU * task.time_budget)[-1]
+        rows = min(train.DEVICE_TOKENS, batch) // task.seq_len
+        while rows > 1 and sum(saved_bytes(task, flops, rows)) > 0.9e9 * gigabytes:
+            rows //= 2
+        taken = sum(saved_bytes(task, flops, rows)) / 1e9
+        table.append(
+            (f"memory: GB at {rows} of {batch // task.seq_len} rows, against a card of {name}", taken, gigabytes)
+        )
+    return table
+
+
+def start_of_the_loop():
+    """(ours, plain): seconds of `agent_loop.py --help`, and of an interpreter that does nothing."""
+
+    def call(*arguments):
+        return seconds(lambda: subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True))
+
+    return call(str(ROOT / "agent_loop.py"), "--help"), call("-c", "")
+
+
+def keep_rule():
+    """True gain and false keeps of a simulated night, against the greedy rule at equal GPU time."""
+    (_, gain, _, false, _), (_, our_gain, _, our_false, _) = nights.table(1000)
+    yield "keep rule: true gain of a simulated night in bits per byte, against keeping any lower score", our_gain, gain
+    yield "keep rule: useless or harmful changes kept in it, against the same", our_false, false
 
 
 def main():
@@ -85,14 +270,18 @@ def main():
     arguments = parser.parse_args()
     folder = prepare.prepare(TASK)
     with tempfile.TemporaryDirectory() as scratch:
-        first, close, plain = exam(folder, Path(scratch))
         table = [
             ("loader: 2^18 tokens, against tokenising and packing on the fly", *loader(folder)),
-            ("exam: pycode, against a plain evaluation of the same rows", first, plain),
-            ("exam of a score that counts, against the same", close, plain),
-            ("trial: wall time beyond the budget, against the budget", *overhead(Path(scratch), 60.0)),
+            ("preparing: a million tokens, against one thread and the plain search", *packing(folder)),
+            ("preparing: GB of memory for 200 MB of text, against 50 MB", *memory(Path(scratch))),
+            *exam(folder, Path(scratch)),
+            ("agent_loop.py --help, against an empty program", *start_of_the_loop()),
+            *training(),
+            *cards(),
+            *overhead(Path(scratch), 60.0),
+            *keep_rule(),
         ]
-    lines = ["what\tours_s\tplain_s\tours/plain"]
+    lines = ["what\tours\tplain\tours/plain"]
     lines += [f"{what}\t{ours:.4f}\t{plain:.4f}\t{ours / plain:.4f}" for what, ours, plain in table]
     print("\n".join(lines))
     if arguments.out:

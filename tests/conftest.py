@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 for name in [name for name in os.environ if name.startswith(("AUTORESEARCH_", "GIT_"))]:
     del os.environ[name]
+os.environ["AUTORESEARCH_TASK"] = "pycode"  # on a GPU it would be one that needs the network
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import prepare  # noqa: E402
 
@@ -28,14 +30,18 @@ def tiny_documents():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of this run's own, with the data of pycode and of the tiny task."""
+    """A cache of this run's own, with the data of the tiny task."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["AUTORESEARCH_CACHE"] = str(folder)
-    prepare.SOURCES["tiny"] = tiny_documents
-    prepare.prepare(TINY)
-    prepare.prepare(prepare.TASKS["pycode"])
+    prepare.prepare(TINY, lambda: (tiny_documents, 800, {}))
     prepare.machine_flops()
     return folder
+
+
+@pytest.fixture(scope="session")
+def pycode(cache):
+    """The data of pycode, in the cache: half a minute."""
+    return prepare.prepare(prepare.TASKS["pycode"])
 
 
 @pytest.fixture
@@ -113,14 +119,25 @@ def hold(tmp_path, candidate):
     return hold
 
 
-@pytest.fixture
-def repository(tmp_path):
-    """A fresh git repository with the three programs, a quick train.py, and a file of the owner's."""
-    folder = tmp_path / "repository"
+MAIN = '\n\nif __name__ == "__main__":'
+PLAYED_CHECK = """
+
+def check(task):  # the real one takes seconds
+    print("ok  disk:  enough\\nNO  speed:  slow today")
+    return 2
+"""
+
+
+def make_repository(folder, train_py, before, added):
+    """A git repository in `folder`: the three programs, `train_py`, a file of the owner's, code added to prepare.py."""
     folder.mkdir()
-    for name in ("agent_loop.py", "prepare.py", "program.md", ".gitignore"):
+    for name in ("agent_loop.py", "program.md", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copy(Path(__file__).parent / "quick_train.py", folder / "train.py")
+    source = (ROOT / "prepare.py").read_text()
+    source = source.replace(MAIN, f"{PLAYED_CHECK}{MAIN}")
+    assert source.count(before) == 1
+    (folder / "prepare.py").write_text(source.replace(before, f"\n\n{added.strip()}\n{before}"))
+    shutil.copy(Path(__file__).parent / train_py, folder / "train.py")
     (folder / "notes.txt").write_text("mine\n")
     for command in (
         "init -q -b main",
@@ -131,3 +148,53 @@ def repository(tmp_path):
     ):
         subprocess.run(["git", *command.split()], cwd=folder, check=True)
     return folder
+
+
+def tiny_repository(folder):
+    """A repository whose prepare.py knows the tiny task, with a train.py that learns something in no time."""
+    return make_repository(folder, "quick_train.py", "\n\ndef get_task(", f"TASKS['tiny'] = {TINY}")
+
+
+@pytest.fixture
+def repository(tmp_path):
+    return tiny_repository(tmp_path / "repository")
+
+
+# What the exam board says without holding an exam or looking at the machine: train.py prints its score. A file `speeds`
+# beside prepare.py gives the speed of the machine for each trial in turn.
+PLAYED_TRIAL = """
+def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None):
+    source = Path(train_py).read_bytes()
+    environment = os.environ | {"SEED": str(seed), "SECONDS": str(task.time_budget)}
+    ended = subprocess.run([sys.executable, train_py], env=environment, capture_output=True, text=True)
+    (out / "log.txt").write_text(ended.stdout + ended.stderr)
+    (out / "metrics.jsonl").write_text('{"seconds": 0.1, "step": 1, "loss": 5.0}\\n')
+    (out / "model.safetensors").write_bytes(source)
+    result = {"outcome": "ok", "reason": None, "training_seconds": task.time_budget, "peak_rss_mb": 100.0, "steps": 9}
+    if ended.returncode:
+        result |= {"outcome": "crash", "reason": (ended.stderr.strip().splitlines() or ["killed"])[-1]}
+    else:
+        result["val_bpb"] = float(ended.stdout.split()[-1])
+    speeds = Path(__file__).with_name("speeds")
+    if speeds.exists():
+        now, *later = speeds.read_text().split()
+        result["matmul_flops"] = float(now)
+        speeds.write_text(" ".join(later or [now]))
+    result |= {"seed": seed, "task": task.name, "budget": task.time_budget, "flops": flops}
+    result["sha256"] = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
+    with open(out.parents[2] / "trials", "a") as file:
+        print(Path(train_py).parent.name, seed, file=file)
+    write_atomically(out / "result.json", json.dumps(result))
+    return result
+"""
+
+
+def make_stage(folder):
+    """A repository whose trials are played in a tenth of a second, for tests of the loop alone; see PLAYED_TRIAL."""
+    added = f"TASKS['tiny'] = {TINY}\n\n\n{PLAYED_TRIAL.strip()}\n"
+    return make_repository(folder, "played_train.py", MAIN, added)
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return make_stage(tmp_path / "stage")

@@ -111,21 +111,21 @@ def test_the_log_keeps_the_head_and_the_tail_of_a_talkative_candidate(hold, tmp_
     assert "bytes left out" in log
 
 
-def test_the_same_seed_gives_the_same_score_by_hand_and_in_a_trial(tmp_path, run):
+def test_the_same_seed_gives_the_same_score_by_hand_and_in_a_trial(repository, run):
     """With the number of steps fixed, nothing is left that could differ."""
-    train_py = tmp_path / "train.py"
-    source = (ROOT / "tests" / "quick_train.py").read_text()
-    train_py.write_text(source.replace("if run.progress >= 1:", "if step == 20:"))
-    environment = os.environ | {"AUTORESEARCH_BUDGET": "30", "AUTORESEARCH_SEED": "3", "PYTHONPATH": str(ROOT)}
-    by_hand = run(sys.executable, train_py, cwd=tmp_path, env=environment)
-    command = [sys.executable, ROOT / "prepare.py", "trial", train_py, "--out", tmp_path / "out"]
-    proctored = run(*command, "--budget", "30", "--seed", "3")
+    train_py = repository / "train.py"
+    train_py.write_text(train_py.read_text().replace("if run.progress >= 1:", "if step == 20:"))
+    setting = {"AUTORESEARCH_TASK": "tiny", "AUTORESEARCH_BUDGET": "30", "AUTORESEARCH_SEED": "3"}
+    by_hand = run(sys.executable, "train.py", cwd=repository, env=os.environ | setting)
+    command = [sys.executable, "prepare.py", "trial", "train.py", "--task", "tiny", "--out", "out"]
+    proctored = run(*command, "--budget", "30", "--seed", "3", cwd=repository)
     scores = [line for said in (by_hand, proctored) for line in said.stdout.splitlines() if line.startswith("val_bpb:")]
     assert len(scores) == 2 and scores[0] == scores[1], (by_hand, proctored)
 
 
-def test_interrupting_a_trial_ends_all_its_processes_and_leaves_no_result(tmp_path, candidate):
-    command = [sys.executable, str(ROOT / "prepare.py"), "trial", str(candidate()), "--out", str(tmp_path / "out")]
+def test_interrupting_a_trial_ends_all_its_processes_and_leaves_no_result(tmp_path, repository, candidate):
+    command = [sys.executable, str(repository / "prepare.py"), "trial", str(candidate()), "--task", "tiny"]
+    command += ["--out", str(tmp_path / "out")]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         trial = subprocess.Popen([*command, "--budget", "60"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         metrics = tmp_path / "out" / "metrics.jsonl"
@@ -147,27 +147,29 @@ def test_interrupting_a_trial_ends_all_its_processes_and_leaves_no_result(tmp_pa
             lambda folder: (folder / "val.bin").write_bytes(bytes((folder / "val.bin").stat().st_size)),
             "val.bin has changed",
         ),
-        (lambda folder: (folder / "val.bin").unlink(), "missing"),
+        (lambda folder: (folder / "val.bin").unlink(), "val.bin'); delete"),
         (lambda folder: (folder / "meta.json").unlink(), "run: python prepare.py"),
         (lambda folder: (folder / "meta.json").write_text("{"), "cannot be read"),
     ],
 )
-def test_damaged_data_is_named_in_one_sentence_and_nothing_is_started(damage, message, tmp_path, cache, candidate, run):
+def test_damaged_data_is_named_in_one_sentence_and_nothing_is_started(
+    damage, message, tmp_path, cache, repository, run
+):
     copy = tmp_path / "cache"
     subprocess.run(["cp", "-r", str(cache), str(copy)], check=True)
-    damage(copy / "pycode")
-    command = [sys.executable, ROOT / "prepare.py", "trial", candidate(), "--out", tmp_path / "out"]
-    said = run(*command, env=os.environ | {"AUTORESEARCH_CACHE": str(copy)})
+    damage(copy / "tiny")
+    command = [sys.executable, "prepare.py", "trial", "train.py", "--task", "tiny", "--out", tmp_path / "out"]
+    said = run(*command, cwd=repository, env=os.environ | {"AUTORESEARCH_CACHE": str(copy)})
     assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1, said.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_arguments_get_one_sentence_and_exit_code_2(tmp_path, candidate, run):
-    command = [sys.executable, ROOT / "prepare.py"]
+def test_bad_arguments_get_one_sentence_and_exit_code_2(tmp_path, repository, candidate, run):
+    command = [sys.executable, repository / "prepare.py", "--task", "tiny"]
     for arguments, message in (
         (["--task", "chess"], "there is no task 'chess'"),
         (["trial", tmp_path / "nothing.py", "--out", tmp_path / "out"], "No such file"),
-        (["trial", candidate(), "--out", "/proc/nowhere"], "cannot set up the trial"),
+        (["trial", candidate(), "--out", "/proc/nowhere"], "/proc/nowhere: No such file"),
         (["trial", candidate(), "--out", tmp_path / "out", "--budget", "-3"], "makes no sense"),
     ):
         said = run(*command, *arguments)
@@ -176,3 +178,14 @@ def test_bad_arguments_get_one_sentence_and_exit_code_2(tmp_path, candidate, run
     assert said.returncode == 2 and "there is no task" in said.stderr
     said = run(*command, env=os.environ | {"AUTORESEARCH_CACHE": "/proc/nowhere"})
     assert said.returncode == 2 and "AUTORESEARCH_CACHE chooses another folder" in said.stderr
+
+
+def test_the_readme_tells_how_to_sample_from_the_best_model(repository, run):
+    recipe = (ROOT / "README.md").read_text().partition("import prepare, torch\n")[2].partition("```")[0]
+    for shown, here in (("runs/nov23/1a2b3c4/0/", "out/"), ('"pycode"', '"tiny"'), ("range(200)", "range(3)")):
+        assert recipe.count(shown) == 1
+        recipe = recipe.replace(shown, here)
+    command = [sys.executable, "prepare.py", "trial", "train.py", "--task", "tiny", "--out", "out"]
+    assert run(*command, cwd=repository).returncode == 0
+    said = run(sys.executable, "-c", "import prepare, torch\n" + recipe, cwd=repository)
+    assert said.returncode == 0 and said.stdout.startswith("def main("), said.stderr
