@@ -7,6 +7,7 @@ Its answers are scripted: an iterable of answers, or a function of (request, num
 
 import json
 import random
+import re
 import socket
 import struct
 import sys
@@ -102,6 +103,7 @@ class FakeAnthropic(ThreadingHTTPServer):
         answers = None if callable(script) else iter(script)
         self.script = script if callable(script) else lambda request, number: next(answers, THE_END)
         self.delay, self.requests, self.usage, self.cached = delay, [], [], set()
+        self.greeting = text("ready")  # to a request without tools, which is in no script
         self.lock, self.url = threading.Lock(), f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -141,10 +143,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
         server = self.server
+        if "tools" not in request:  # the loop asks, before it starts, whether anybody is there
+            return self.answer(request, server.greeting)
         with server.lock:
             number = len(server.requests)
             server.requests.append({"path": self.path, "headers": dict(self.headers), **request})
             answer = server.script(request, number)
+        self.answer(request, answer)
+
+    def answer(self, request, answer):
+        server = self.server
         time.sleep(answer.get("delay", server.delay))
         if "html" in answer:
             return self.whole(200, answer["html"].encode(), "text/html")
@@ -236,11 +244,11 @@ def turn_a_constant(request, number):
 
     source = shown_source(request)
     constants = find_constants(source)
-    name = random.choice([name for name, constant in constants.items() if steps(constant.value)])
-    new = random.choice(steps(constants[name].value))
-    line = constants[name].line
-    old_line, new_line = (s.splitlines()[line] for s in (source, set_constants(source, constants, {name: new})))
-    return edit(old_line, new_line, f"{name} {constants[name].text} -> {new}", "A step to learn from.")
+    name = random.choice([name for name, text in constants.items() if steps(text)])
+    new = random.choice(steps(constants[name]))
+    (old_line,) = (line for line in source.splitlines() if re.match(rf"{name} *=", line))
+    new_line = set_constants(old_line, {name: new})
+    return edit(old_line, new_line, f"{name} {constants[name]} -> {new}", "A step to learn from.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The llm researcher: the real SDK against a scripted server, alone and in the real loop."""
 
 import argparse
-import contextlib
+import itertools
 import json
 import os
 import re
@@ -40,7 +40,6 @@ class Lab:
     """What a researcher asks of a lab, without trials."""
 
     tag, task, meta = "t", agent_loop.prepare.TASKS["demo"], {"start": "abc1234"}
-    console = types.SimpleNamespace(status=lambda *_: contextlib.nullcontext())
 
     def __init__(self, folder):
         self.folder, self.said, self.sources, self.why = folder, [], {"abc1234": SOURCE}, {}
@@ -61,8 +60,8 @@ class Lab:
     def failure(self, commit, room):
         return f"{commit}: crash: out of luck\n" + "x" * room
 
-    def say(self, line):
-        self.said.append(line)
+    def say(self, text, style=""):
+        self.said.append(text)
 
 
 @pytest.fixture
@@ -102,65 +101,79 @@ def charged(server):
 # A night in small
 
 
-NIGHT = [
+FAULTS = [  # one comes before every good answer
     html(),
-    error(529, retry_after=1),
-    edit("LR = 0.001", "LR = 0.02", "a higher rate"),  # 1
-    edit("ROWS = 17", "ROWS = 8"),
-    edit("CRASH = 0", "CRASH = 1", "a bad idea"),  # 2, merged onto 1
+    error(429, retry_after=0),
+    error(529),
     edit("LR", "LR", drop=5),
     edit("LR", "LR", cut=4),
+    broken_by("overloaded_error"),
     refusal(),
     call('{"description": "x", "edits": [[}]', cut=10),
-    edit("WIDTH = 32", "WIDTH = 48", "wider\t--hard\x1b[2J"),  # 3, by the fallback
-    edit("ROWS = 16", "ROWS = 16  # per step, really"),
-    edit("torch.manual_seed(SEED)", "torch.manual_seed(SEED + 1)", "without the crash"),  # 4, the repair of 2
-    broken_by("overloaded_error"),
+    call({"edits": "LR = 1"}),
+    edit("LR = 17", "LR = 8"),
+    edit("WIDTH = ", "WIDTH =  "),  # changes nothing but the layout
     edit("LR = ", "LR = = "),
-    text(
-        "description: by words\n<<<<<<< SEARCH\nfrom torch import nn\n=======\n"
-        "from torch import nn\n\nX = 1\n>>>>>>> REPLACE\n"
-    ),  # 5
+    text("I would rather talk about it."),
 ]
-COMMAND = [sys.executable, "agent_loop.py", "--task", "demo", "--budget", "1", "--tag", "t", "--greedy"]
+CRASHING = (3, 4, 9)
+COMMAND = [sys.executable, "agent_loop.py", "--task", "tiny", "--tag", "t", "--greedy"]
 
 
-def test_a_night_with_every_fault_goes_through_and_costs_what_the_api_has_charged(repository, run):
-    server = FakeAnthropic(NIGHT)
-    loop = [*COMMAND, "--max-experiments", "5"]
-    ended = run(*loop, cwd=repository, env=os.environ | server.environment())
+class Night:
+    """A script that gives a fault, then an idea, and so on; some ideas crash, and one has been tried before."""
+
+    def __init__(self):
+        self.faults, self.ideas, self.faulty = itertools.cycle(FAULTS), [], False
+
+    def __call__(self, request, number):
+        self.faulty = not self.faulty and "The experiment ran and failed" not in str(request["messages"][-1])
+        if self.faulty:
+            return self.first if number == 20 else next(self.faults)
+        count = len(self.ideas)
+        self.ideas.append(f"idea {count}\t\x1b[2J")
+        lines = {line.split(" ")[0]: line for line in shown_source(request).splitlines()}
+        old, new = lines["WIDTH"], f"WIDTH = {31 - count}"  # worse and worse
+        if count in CRASHING:
+            old, new = "CRASH = 0", f"CRASH = {count}"
+        elif count % 6 == 5:
+            old, new = lines["LR"], f"LR = 0.0{count:02}"  # which is better
+        answer = edit(old, new, self.ideas[-1])
+        self.first = answer if count == 0 else self.first
+        return answer
+
+
+def test_a_night_of_twenty_experiments_goes_through_every_fault_and_costs_what_the_api_has_charged(stage, run):
+    night = Night()
+    server = FakeAnthropic(night)
+    server.greeting = error(529)  # which is worth a warning, and no more
+    loop = [*COMMAND, "--budget", "0.1", "--max-experiments", "20"]
+    ended = run(*loop, cwd=stage, env=os.environ | server.environment())
     server.close()
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "Traceback" not in ended.stderr and len(server.requests) == len(NIGHT)
-    rows = book(repository)
-    descriptions = [
-        "baseline",
-        "a higher rate",
-        "a bad idea",
-        "wider --hard [2J",
-        "repair: without the crash",
-        "by words",
-    ]
-    assert [row[4] for row in rows] == descriptions, ended.stdout
-    assert [row[3] == "crash" for row in rows] == [False, False, True, False, False, False]
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stdout + ended.stderr
+    rows = book(stage)
+    assert len(rows) == 21 and sum(row[3] == "keep" for row in rows) >= 3
+    assert "asking again when a draft is due" in ended.stdout
+    # Every idea was tried, or its end was announced.
+    for idea in night.ideas:
+        told = agent_loop.one_line(idea)
+        tried = [row for row in rows if row[4].removeprefix("repair: ") == told]
+        assert len(tried) == 1 or not tried and "a draft is dropped" in ended.stdout
+        if tried and int(idea.split()[1]) in CRASHING:
+            assert tried[0][1:4] == ["0.000000", "0.0", "crash"]
+    assert sum(row[3] == "crash" for row in rows) == len(CRASHING)
+    assert sum(row[4].startswith("repair: ") for row in rows) == len(CRASHING)
+    for words in ("trying again in", "asking again", "(429 rate_limit_error)", "(529 overloaded_error)", "broke off"):
+        assert words in ended.stdout
+    repairs = [r["messages"] for r in server.requests if "<program_output>" in str(r["messages"][1:])]
+    assert "RuntimeError: crashing as asked" in str(repairs[0][-1])
 
-    lines = agent_loop.read_costs(repository / "runs" / "t")
+    lines = agent_loop.json_lines(stage / "runs/t/cost.jsonl")
     assert sum(line["usd"] for line in lines) == pytest.approx(charged(server), abs=1e-6) and charged(server) > 0
-    said = run(*COMMAND[:2], "report", cwd=repository).stdout
-    assert f"${charged(server):.2f}" in said and f"{len(lines)} requests" in said
-
-    def git(*arguments):
-        return run("git", *arguments, cwd=repository).stdout
-
-    message = git("log", "-1", "--format=%B", rows[3][0])
-    assert message.startswith("wider --hard [2J\n\nIt should help.\n\nModel: claude-sonnet-5-5\nProgram: ")
-    # The crash was drafted against the baseline and tried on top of the better rate.
-    if rows[1][3] == "keep":
-        crashed = git("show", f"{rows[2][0]}:train.py")
-        assert "LR = 0.02" in crashed and "CRASH = 1" in crashed
-    # Other drafts read of the crash in their history; the repair is the conversation that goes on with it.
-    repairs = [r["messages"] for r in server.requests if "RuntimeError: crashing as asked" in str(r["messages"][1:])]
-    assert len(repairs[0]) == 5 and "<program_output>" in str(repairs[0][-1])
+    said = json.loads(run(*COMMAND[:2], "report", "--json", cwd=stage).stdout)
+    assert said["cost"]["usd"] == pytest.approx(charged(server), abs=1e-6)
+    message = run("git", "log", "-1", "--format=%B", rows[1][0], cwd=stage).stdout
+    assert re.fullmatch(r"idea 0 \[2J\n\nIt should help.\n\nModel: claude-opus-5-5\nProgram: \w{12}\n*", message)
 
 
 def test_a_refused_key_ends_the_run_with_the_reason_and_the_same_command_carries_on(repository, run):
@@ -186,10 +199,21 @@ def test_a_refused_key_ends_the_run_with_the_reason_and_the_same_command_carries
 def test_without_a_key_the_loop_says_how_to_get_going_and_changes_nothing(repository, run, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ANTHROPIC_")}
     ended = run(*COMMAND, cwd=repository, env=environment | {"HOME": str(tmp_path)})
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    for way in ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "--researcher search"):
-        assert way in ended.stderr
+    assert ended.returncode == 2 and ended.stderr == (
+        "agent_loop.py: not started, for lack of a model to ask; the commands are above\n"
+    )
+    for way in ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "--researcher search", "agent_loop.py --demo"):
+        assert way in ended.stdout
     assert not (repository / "runs").exists() and not (repository / "results.tsv").exists()
+
+
+def test_a_key_that_is_refused_ends_the_start_before_any_trial(repository, run):
+    server = FakeAnthropic([])
+    server.greeting = error(401, words="invalid x-api-key")
+    ended = run(*COMMAND, cwd=repository, env=os.environ | server.environment())
+    assert ended.returncode == 2 and "the API refuses to go on" in ended.stderr and "invalid x-api-key" in ended.stderr
+    assert not (repository / "results.tsv").exists() and not list((repository / "runs").glob("*/*/0"))
+    server.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +246,8 @@ def test_a_fault_costs_a_request_and_no_draft(faults, ask, lab):
     draft = researcher.draft(lab)
     assert draft.source == CHANGED and draft.description == "ten times the rate"
     assert len(server.requests) == len(faults) + 1
-    assert researcher.spent == pytest.approx(charged(server))
+    if "garbled" not in str(lab.said):  # how much of such an answer goes out before the client hangs up is chance
+        assert researcher.spent == pytest.approx(charged(server))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +318,7 @@ def test_claude_gets_thinking_and_a_cache_and_a_local_model_neither(ask, lab):
     request = server.requests[0]
     assert not {"thinking", "output_config", "tool_choice"} & set(request) and isinstance(request["system"], str)
     assert "cache_control" not in json.dumps(request) and "SEARCH" in request["system"]
-    assert researcher.spent == 0 and agent_loop.read_costs(lab.folder)[-1]["output"] > 0
+    assert researcher.spent == 0 and agent_loop.json_lines(lab.folder / "cost.jsonl")[-1]["output"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +372,7 @@ def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask, lab):
         described.append(draft.description)
         lab.sources[f"crash{number}"] = draft.source
         lab.experiments.append(Experiment(f"crash{number}", 0.0, 0.0, "crash", draft.description))
-        researcher.crashed(lab, f"crash{number}", "out of luck")
+        researcher.crashed(lab, f"crash{number}")
     assert described == ["try 1", "repair: try 2", "repair: try 3", "try 4"]
     assert [len(request["messages"]) for request in server.requests] == [1, 3, 5, 1]
 

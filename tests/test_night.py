@@ -1,0 +1,307 @@
+"""The night is never lost: the loop killed at every step, on a full disk, with its files edited under its hands."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import make_stage
+from test_loop import QUICK, book, book_or_nothing
+from test_trial import processes_in
+
+LOOP = [*QUICK, "--budget", "0.01"]
+
+KILLS = 50  # in each of two repositories at the same time
+
+
+def git_in(folder):
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+    return git
+
+
+def be_the_owner(folder):
+    """Leave edited, staged and untracked files about."""
+    (folder / "notes.txt").write_text("mine, edited\n")
+    (folder / "program.md").write_text("my new programme\n")
+    (folder / "staged.txt").write_text("staged\n")
+    git_in(folder)("add", "staged.txt")
+
+
+def check_the_owner(folder):
+    assert (folder / "notes.txt").read_text() == "mine, edited\n"
+    assert (folder / "program.md").read_text() == "my new programme\n"
+    assert "A  staged.txt" in git_in(folder)("status", "--porcelain").splitlines()
+
+
+def check_the_end(folder):
+    """All that a finished loop promises about its branch, its book and its evidence."""
+    git, rows = git_in(folder), book(folder)
+    commits = [row[0] for row in rows]
+    assert len(set(commits)) == len(commits)
+    candidates = git("for-each-ref", "--format=%(refname:lstrip=3)", "refs/autoresearch/t/").split()
+    assert set(candidates) == set(commits)
+    kept = [row for row in rows if row[3] == "keep"]
+    assert git("show", "autoresearch/t:train.py") == git("show", f"{kept[-1][0]}:train.py")
+    assert git("show", "autoresearch/t:train.py") == (folder / "train.py").read_text()
+    for commit, val_bpb, _, status, _ in rows:
+        results = [json.loads(path.read_text()) for path in (folder / "runs" / "t" / commit).glob("*/result.json")]
+        if status != "crash":
+            assert float(val_bpb) == pytest.approx(statistics.fmean(r["val_bpb"] for r in results), abs=1e-6)
+    check_the_owner(folder)
+    assert git("status", "--porcelain").splitlines() == [" M notes.txt", " M program.md", "A  staged.txt"]
+    assert all(path.name.startswith("autoresearch") for path in folder.rglob("*.lock"))
+    git("fsck", "--strict")
+
+
+def finished(folder):
+    """ "commit run" of every trial that has a result."""
+    return {f"{path.parts[-3]} {path.parts[-2]}" for path in folder.glob("runs/t/*/*/result.json")}
+
+
+def kill_again_and_again(folder, chance):
+    """Kill the loop of `folder` KILLS times, at each of its first side effects and at random ones later."""
+    be_the_owner(make_stage(folder))
+    log, rows = folder / "runs" / "trials", []
+    for kill in range(KILLS):
+        effect = 2 * kill + chance.choice((1, 2)) if kill < 30 else chance.randrange(20, 90)
+        done, held = finished(folder), log.read_text().splitlines() if log.exists() else []
+        command = [sys.executable, Path(__file__).with_name("struck.py"), "kill", str(effect), *LOOP]
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+        before, rows = rows, book_or_nothing(folder)
+        assert rows[: len(before)] == before, "a row is lost"
+        now = log.read_text().splitlines() if log.exists() else []
+        assert done.isdisjoint(now[len(held) :]), "a trial was held twice"
+        check_the_owner(folder)
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments", str(len(rows) + 1)]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    check_the_end(folder)
+    while processes_in(folder):
+        time.sleep(0.1)
+    return len(book(folder))
+
+
+def test_a_hundred_kills_at_every_step_lose_nothing(tmp_path):
+    with ThreadPoolExecutor() as pool:
+        halves = [pool.submit(kill_again_and_again, tmp_path / f"{i}", random.Random(i)) for i in range(2)]
+    print([half.result() for half in halves], "experiments in spite of", 2 * KILLS, "kills")
+
+
+def test_a_full_disk_at_any_write_pauses_the_loop_or_ends_it_with_one_sentence(stage):
+    be_the_owner(stage)
+    codes, said = set(), ""
+    for effect in range(1, 16, 2):
+        command = [sys.executable, Path(__file__).with_name("struck.py"), "full", str(effect), *LOOP]
+        command += ["--max-experiments", str(len(book_or_nothing(stage)))]
+        ended = subprocess.run(command, cwd=stage, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0 or ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+        codes, said = codes | {ended.returncode}, said + ended.stdout + ended.stderr
+    assert codes == {0, 2} and "paused: " in said and "No space left on device" in said
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments", str(len(book(stage)))]
+    assert subprocess.run(command, cwd=stage, capture_output=True).returncode == 0
+    check_the_end(stage)
+
+
+def test_locks_that_git_has_left_behind_do_not_end_the_night(stage):
+    """That of the branch is ours to remove; that of the index may be another program's, and keeps train.py as it is."""
+    command = [sys.executable, "agent_loop.py", *LOOP, "--greedy", "--max-experiments"]
+    assert subprocess.run([*command, "0"], cwd=stage).returncode == 0
+    index_lock, branch_lock = stage / ".git/index.lock", stage / ".git/refs/heads/autoresearch/t.lock"
+    index_lock.touch()
+    branch_lock.touch()
+    ended = subprocess.run([*command, "5"], cwd=stage, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and "keep" in [row[3] for row in book(stage)[1:]], ended.stderr
+    assert f"{index_lock}; if no git command is running, delete that file" in ended.stdout
+    index_lock.unlink()
+    be_the_owner(stage)
+    assert subprocess.run([*command, "5"], cwd=stage).returncode == 0
+    check_the_end(stage)
+
+
+def test_a_book_that_is_lost_or_cut_off_is_written_again_without_a_trial(stage):
+    # Longer than a second each: git tells the order of candidates by the second.
+    command = [sys.executable, "agent_loop.py", *LOOP, "--budget", "1", "--max-experiments", "3"]
+    assert subprocess.run(command, cwd=stage).returncode == 0
+    be_the_owner(stage)
+    whole, trials = book(stage), (stage / "runs" / "trials").read_text()
+    path = stage / "results.tsv"
+    lines = path.read_text().splitlines(keepends=True)
+    for content in (None, "", lines[0], "".join([lines[0], *lines[2:]]), "".join(lines[:-1])):
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        ended = subprocess.run(command, cwd=stage, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert book(stage) == whole and (stage / "runs" / "trials").read_text() == trials
+    check_the_end(stage)
+
+
+def test_without_its_evidence_the_noise_is_measured_again(stage):
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments"]
+    assert subprocess.run([*command, "1"], cwd=stage).returncode == 0
+    rows = book(stage)
+    shutil.rmtree(stage / "runs")
+    ended = subprocess.run([*command, "2"], cwd=stage, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert book(stage)[:2] == rows and ended.stdout.count("how much a run varies is not known any more") == 3
+    best = [row[0] for row in rows if row[3] == "keep"][-1]
+    assert len(list((stage / "runs" / "t" / best).glob("*/result.json"))) == 3
+
+
+def test_the_owner_may_commit_and_change_branches_in_mid_run(stage):
+    git = git_in(stage)
+    command = [sys.executable, "agent_loop.py", *LOOP, "--budget", "0.3", "--max-experiments"]
+    running = subprocess.Popen([*command, "6"], cwd=stage, stdout=subprocess.DEVNULL)
+    wait_for_rows(stage, 2)
+    (stage / "program.md").write_text("look at the width\n")
+    git("commit", "-qm", "a new programme", "program.md")
+    wait_for_rows(stage, 3)
+    git("checkout", "-q", "main")
+    (stage / "notes.txt").write_text("on main\n")
+    git("commit", "-qam", "notes")
+    assert running.wait(60) == 0
+    assert git("branch", "--show-current") == "main\n" and git("status", "--porcelain") == ""
+    assert git("show", "autoresearch/t:program.md") == "look at the width\n"
+    kept = [row for row in book(stage) if row[3] == "keep"]
+    assert git("show", "autoresearch/t:train.py") == git("show", f"{kept[-1][0]}:train.py")
+    assert git("show", "main:train.py") == (stage / "train.py").read_text()
+
+
+def wait_for_rows(folder, count):
+    while len(book_or_nothing(folder)) < count:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_loop_and_its_trial_in_good_order(number, code, stage):
+    command = [sys.executable, "agent_loop.py", *QUICK, "--budget", "60"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Even where the tests run under nohup, this loop is to hear of a closed terminal.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    running = subprocess.Popen(command, cwd=stage, **pipes)
+    while not list(stage.glob("runs/t/*/0/proctor.log")):
+        time.sleep(0.02)
+    running.send_signal(number)
+    if number == signal.SIGINT:
+        with contextlib.suppress(ProcessLookupError):
+            running.send_signal(number)  # an owner in a hurry
+    _, errors = running.communicate(timeout=20)
+    assert running.returncode == code and "Traceback" not in errors, errors
+    while processes_in(stage):
+        time.sleep(0.05)
+
+
+def test_a_train_py_that_is_staged_is_saved_as_well(stage):
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments", "0"]
+    assert subprocess.run(command, cwd=stage).returncode == 0
+    for content in ("# staged\n", "# edited\n"):
+        (stage / "train.py").write_text(content)
+        if "staged" in content:
+            git_in(stage)("add", "train.py")
+    assert subprocess.run(command, cwd=stage).returncode == 0
+    saved = [path.read_text() for path in sorted((stage / "runs" / "t").glob("train-*.py"))]
+    assert saved == ["# edited\n", "# staged\n"] and git_in(stage)("status", "--porcelain") == ""
+
+
+def test_worktrees_of_one_repository_run_tags_of_their_own_side_by_side(stage, tmp_path):
+    git_in(stage)("worktree", "add", "-q", "--detach", str(tmp_path / "other"))
+    loops = [
+        subprocess.Popen([sys.executable, "agent_loop.py", *LOOP, "--tag", tag, "--max-experiments", "2"], cwd=folder)
+        for tag, folder in (("one", stage), ("two", tmp_path / "other"))
+    ]
+    assert [loop.wait(60) for loop in loops] == [0, 0]
+    first, second = book(stage), book(tmp_path / "other")
+    assert len(first) == len(second) == 3
+    for tag, rows in (("one", first), ("two", second)):
+        held = git_in(stage)("for-each-ref", "--format=%(refname:lstrip=3)", f"refs/autoresearch/{tag}/").split()
+        assert set(held) == {row[0] for row in rows}
+
+
+@pytest.mark.parametrize(
+    "speeds, trials",  # how fast the machine was in each trial, and which trials there are: of Baseline, Candidate
+    [
+        ("9 9 9 8", "B0 B1 B2 C0"),
+        ("9 9 9 5 9", "B0 B1 B2 C0 C1"),  # slow for a while: the candidate gets another chance
+        ("9 9 9 5 5 5", "B0 B1 B2 C0 C1 B3"),  # slow for good: the best is measured again, to be compared with
+        ("5 5 5 9 9", "B0 B1 B2 C0 B3"),  # and so it is if the best was measured on a slow machine
+        ("9 9 9 5 3 8", "B0 B1 B2 C0 C1 B3"),  # a machine that never settles is taken as it is
+    ],
+)
+def test_a_slow_machine_is_told_from_a_bad_idea(speeds, trials, stage):
+    (stage / "speeds").write_text(speeds)
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments", "1"]
+    ended = subprocess.run(command, cwd=stage, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    names = dict(zip((row[0] for row in book(stage)), "BC"))
+    held = [line.split() for line in (stage / "runs" / "trials").read_text().splitlines()]
+    assert " ".join(names[commit] + seed for commit, seed in held) == trials
+    assert ("of the speed that it had for the best" in ended.stdout) == (trials != "B0 B1 B2 C0")
+
+
+@pytest.mark.parametrize("speeds, verdict", [("9 9 9 5", "keep"), ("5 5 5 9 9", "keep"), ("5 5 5 9 5", "discard")])
+def test_a_better_score_counts_only_if_the_machine_was_not_faster_than_for_the_best(speeds, verdict, stage):
+    (stage / "speeds").write_text(speeds)
+    train_py = stage / "train.py"
+    train_py.write_text(train_py.read_text().replace("WIDTH = 32", "WIDTH = 200"))  # which the search halves first
+    git_in(stage)("commit", "-qam", "wide")
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments", "1"]
+    ended = subprocess.run(command, cwd=stage, capture_output=True, text=True)
+    assert [row[3] for row in book(stage)] == ["keep", verdict], ended.stdout
+
+
+def test_a_path_that_is_named_like_the_project_does_not_make_the_owners_lock_ours(tmp_path):
+    stage = make_stage(tmp_path / "autoresearch")
+    command = [sys.executable, "agent_loop.py", *LOOP, "--greedy", "--max-experiments"]
+    assert subprocess.run([*command, "0"], cwd=stage).returncode == 0
+    lock = stage / ".git/index.lock"
+    lock.touch()
+    (stage / "train.py").unlink()
+    ended = subprocess.run([*command, "1"], cwd=stage, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and lock.exists() and "delete that file" in ended.stdout
+
+
+def test_what_the_owner_deletes_in_mid_run_is_made_again_or_held_again(stage):
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments"]
+    assert subprocess.run([*command, "2"], cwd=stage).returncode == 0
+    git, rows = git_in(stage), book(stage)
+    be_the_owner(stage)
+    (stage / "runs" / "t" / rows[0][0] / "1" / "result.json").write_text('{"outcome": "ok"}')
+    git("checkout", "-q", "main")
+    git("branch", "-qD", "autoresearch/t")
+    ended = subprocess.run([*command, "3"], cwd=stage, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and book(stage)[:3] == rows, ended.stderr
+    kept = [row[0] for row in book(stage) if row[3] == "keep"]
+    assert git("show", "autoresearch/t:train.py") == git("show", f"{kept[-1]}:train.py")
+
+
+def test_a_tag_keeps_the_machine_rate_that_it_was_started_with(stage, cache, tmp_path):
+    path = tmp_path / "cache" / "hardware.json"
+    shutil.copytree(cache, path.parent)
+    command = [sys.executable, "agent_loop.py", *LOOP, "--greedy", "--max-experiments"]
+    environment = os.environ | {"AUTORESEARCH_CACHE": str(path.parent)}
+    assert subprocess.run([*command, "0"], cwd=stage, env=environment).returncode == 0
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({name: {**entry, "matmul_flops": 1e15} for name, entry in known.items()}))
+    assert subprocess.run([*command, "1"], cwd=stage, env=environment).returncode == 0
+    told = {json.loads(path.read_text())["flops"] for path in stage.glob("runs/t/*/0/result.json")}
+    assert told == {entry["matmul_flops"] for entry in known.values()}
+
+
+def test_under_nohup_a_closed_terminal_does_not_end_the_loop(stage):
+    command = [sys.executable, "agent_loop.py", *LOOP, "--budget", "0.3", "--max-experiments", "1"]
+    running = subprocess.Popen(["nohup", *command], cwd=stage, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_rows(stage, 1)
+    running.send_signal(signal.SIGHUP)
+    assert running.wait(60) == 0 and len(book(stage)) == 2

@@ -1,0 +1,238 @@
+"""What the owner sees: the live view, the news, the report and its picture, all through the command line."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ROOT, tiny_repository
+from fake_anthropic import FakeAnthropic, edit
+from rich.console import Console
+from test_loop import HEADER, refused
+
+import agent_loop
+
+COMMAND = [sys.executable, "agent_loop.py"]
+QUICK = ["--task", "tiny", "--tag", "t", "--greedy", "--max-experiments", "2"]
+
+
+class Mailbox(ThreadingHTTPServer):
+    """A webhook that keeps what is posted to it; while `hangs` is set, it lets everybody wait."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Letter)
+        self.letters, self.hangs, self.url = [], threading.Event(), f"http://127.0.0.1:{self.server_port}/topic-4711"
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+
+class Letter(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.server.letters.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        if self.server.hangs.is_set():
+            threading.Event().wait(60)
+        self.send_response(200)
+        self.end_headers()
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    """A short night on a terminal: the repository, what the terminal got, the news, and a report from its middle."""
+    repository, mailbox = tiny_repository(tmp_path_factory.mktemp("night") / "repository"), Mailbox()
+    train_py = repository / "train.py"
+    train_py.write_text(train_py.read_text().replace("LR = 0.001", "LR = 0.00001"))  # too low on any machine
+    subprocess.run(["git", "commit", "-qam", "start lower"], cwd=repository, check=True)
+    model = FakeAnthropic(
+        [edit("LR = 0.00001", "LR = 0.05", "raise the [LR] at last"), edit("CRASH = 0", "CRASH = 1", "break it")]
+    )
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = os.environ | model.environment() | {"TERM": "xterm-256color"}
+    environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    command = [*COMMAND, *QUICK, "--hours", "1", "--max-cost", "5", "--notify-url", mailbox.url]
+    loop = subprocess.Popen(command, cwd=repository, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen, middle = b"", None
+    try:
+        while data := os.read(ours, 2**16):
+            screen += data
+            if not middle and (repository / "results.tsv").exists():
+                middle = report(repository, "--json")
+    except OSError:  # how a terminal says that nobody is left at the other end
+        pass
+    model.close()
+    mailbox.shutdown()
+    assert loop.wait() == 0, screen.decode()
+    return repository, screen.decode(), mailbox, middle
+
+
+def report(repository, *arguments):
+    """The finished report command, 80 columns wide."""
+    command, environment = [*COMMAND, "report", *arguments], os.environ | {"COLUMNS": "80"}
+    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_terminal_shows_the_running_experiment_and_keeps_the_lines(night):
+    _, screen, _, _ = night
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen)
+    assert re.search(r"now   \w{7} baseline", plain) and re.search(r"run 1: loss \d\.\d+", plain) and "━" in plain
+    assert re.search(r"next  (being drafted|ready: raise the \[LR\] at last)", plain)
+    assert re.search(r"best  \d\.\d{6} \w{7}", plain) and re.search(r"of \$5.00 spent, ends about \w+ \d\d:\d\d", plain)
+    assert re.search(r"\d\d:\d\d:\d\d \w{7} 0?\d\.\d+ .*keep", plain)
+    assert "\x1b[?25l" in screen and screen.rstrip().rfind("\x1b[?25h") > screen.rfind(
+        "\x1b[?25l"
+    )  # the cursor is back
+    drawn = [line for line in plain.replace("\r", "\n").split("\n") if line.startswith(("now", "next", "best", "pace"))]
+    assert drawn and max(map(len, drawn)) <= 80
+
+
+def test_a_log_has_timestamped_lines_and_no_escape_codes(night):
+    repository, _, _, _ = night
+    again = [*COMMAND, *QUICK, "--researcher", "search", "--notify-url", "http://127.0.0.1:9/hook"]
+    ended = subprocess.run(again, cwd=repository, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and "\x1b" not in ended.stdout + ended.stderr
+    assert re.search(r"^\d\d:\d\d:\d\d the end: tag t holds its 2 experiments$", ended.stdout, re.MULTILINE)
+    assert ended.stdout.count("--notify-url does not work") == 1
+    assert re.search(r"^\d\d:\d\d:\d\d speed: slow today$", ended.stdout, re.MULTILINE) and "disk" not in ended.stdout
+
+
+def test_the_news_are_a_new_best_and_the_end_without_paths_or_keys(night):
+    repository, _, mailbox, _ = night
+    best, end = mailbox.letters
+    assert best["text"].startswith("new best: val_bpb ") and "raise the [LR] at last" in best["text"]
+    assert end["text"].startswith("the end: ") and "holds its 2 experiments" in end["text"]
+    assert str(repository) not in str(mailbox.letters) and "fake" not in str(mailbox.letters)
+
+
+def test_news_do_not_wait_for_a_server_that_hangs_and_tell_no_secrets():
+    mailbox, console = Mailbox(), Console(file=io.StringIO(), width=200)
+    mailbox.hangs.set()
+    news = agent_loop.News(mailbox.url, console)
+    news.SECONDS = 0.3
+    news.send(
+        "stopped", "/home/me/runs/t was scored by (/etc/x); the key sk-ant-api03-abcdefghijklmnop is bad, 1/8 too"
+    )
+    news.send("stopped", "again")
+    news.close()
+    for thread in news.threads:
+        thread.join()
+    assert console.file.getvalue().count("does not work") == 1 and "4711" not in console.file.getvalue()
+    assert {letter["text"] for letter in mailbox.letters} == {
+        "stopped: ... was scored by (...); the key ... is bad, 1/8 too",
+        "stopped: again",
+    }
+    mailbox.shutdown()
+
+
+def test_trouble_is_news_too_and_a_wrong_url_is_refused(repository, run):
+    mailbox = Mailbox()
+    with open(repository / "train.py", "a") as file:
+        file.write("# mine\n")
+    search = [*COMMAND, *QUICK, "--researcher", "search", "--notify-url"]
+    refused(run(*search, mailbox.url, cwd=repository), "not committed")
+    (letter,) = mailbox.letters
+    assert "needs you" in letter["text"] and "not committed" in letter["text"]
+    refused(run(*search, "file:///etc/passwd", cwd=repository), "--notify-url should look like")
+    mailbox.shutdown()
+
+
+def test_a_machine_without_the_packages_is_told_how_to_get_them(run):
+    refused(run(sys.executable, "-S", ROOT / "agent_loop.py"), "is not installed; run: pip install -e .")
+
+
+def test_the_report_tells_the_story_in_one_screen(night):
+    repository, _, _, _ = night
+    told = report(repository)
+    assert told.returncode == 0 and told.stderr == ""
+    for part in ("2 experiments: 1 kept, 0 discarded, 1 crashed", "raise the [LR] at last"):
+        assert part in told.stdout
+    assert re.search(r"baseline \d\.\d{6} -> best \d\.\d{6}, \d\.\d{6} \(\d+\.\d\d%\) lower", told.stdout)
+    assert "crashing as asked" in told.stdout and "training" in told.stdout and "between trials" in told.stdout
+    assert len(told.stdout.splitlines()) <= 40 and "researcher: 3 requests, $0.0" in told.stdout
+    picture = (repository / "progress.png").read_bytes()
+    width, height = struct.unpack(">II", picture[16:24])
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and width > 1000 and height > 800  # with the loss curves
+
+
+def test_the_report_as_json_is_one_object_and_works_in_the_middle_of_a_night_and_from_any_branch(night):
+    repository, _, _, middle = night
+    assert middle.returncode == 0 and json.loads(middle.stdout)["baseline"]["description"] == "baseline"
+    subprocess.run(["git", "checkout", "-q", "main"], cwd=repository, check=True)
+    told = json.loads(report(repository, "--json").stdout)
+    subprocess.run(["git", "checkout", "-q", "autoresearch/t"], cwd=repository, check=True)
+    assert (told["tag"], told["task"], told["budget"]) == ("t", "tiny", 0.8)
+    assert (told["experiments"], told["keep"], told["discard"], told["crash"]) == (2, 1, 0, 1)
+    assert told["gain"] == pytest.approx(told["baseline"]["val_bpb"] - told["best"]["val_bpb"])
+    assert [row["status"] for row in told["rows"]] == ["keep", "keep", "crash"]
+    assert told["failures"][0]["reason"].endswith("RuntimeError: crashing as asked")
+    assert told["seconds"]["training"] > 1.5 and told["cost"]["requests"] == 3
+
+
+def test_the_report_as_a_diff_is_the_change_of_train_py_that_git_can_apply(night, run):
+    repository, _, _, _ = night
+    told = report(repository, "--diff")
+    assert "-LR = 0.00001" in told.stdout and "+LR = 0.05" in told.stdout and "\x1b" not in told.stdout
+    (repository / "change").write_text(told.stdout)
+    assert run("git", "apply", "--check", "--reverse", "change", cwd=repository).returncode == 0
+
+
+UPSTREAM = f"""{HEADER}
+baseline\t0.997900\t44.0\tKEEP\tbaseline
+bea057b\t0.986041\t43.9\tkeep \thalve batch 524K to 262K $\\frac{{$ [red]
+187e419\t0.982603\t60.2\tdiscard\tadd 5% warmup
+d70987b\t3.215849\t60.2\tdiscard\tadd 2% warmup (any warmup hurts) \x1b[2J
+e05a87d\t0.000000\t0.0\tcrash\tbatch 131K ({"a long story " * 20})
+"""
+
+
+@pytest.mark.parametrize(
+    ("book", "parts"),
+    [
+        (None, ["has no results yet"]),
+        (HEADER + "\n", ["has no results yet"]),
+        (f"{HEADER}\ne05a87d\t0.000000\t0.0\tcrash\tbaseline\n", ["nothing was kept"]),
+        (UPSTREAM, ["baseline 0.997900 -> best 0.986041", "$\\frac{$ [red]", "warmup", "-0.003438 add 5% warmup"]),
+    ],
+)
+def test_books_that_no_tag_owns_are_told_too(book, parts, repository):
+    if book is not None:
+        (repository / "results.tsv").write_text(book)
+    told, data = report(repository), report(repository, "--json")
+    assert told.returncode == 0 and not told.stderr, told.stderr
+    assert all(part in told.stdout for part in parts) and "\x1b" not in told.stdout
+    assert all(len(line) <= 80 for line in told.stdout.splitlines() if "..." in line)
+    assert (repository / "progress.png").exists() == (book == UPSTREAM)
+    assert len(json.loads(data.stdout)["rows"]) == max(0, (book or "").count("\n") - 1)
+    refused(report(repository, "--diff"), "no commit of this repository" if book == UPSTREAM else "no results yet")
+
+
+def test_discards_are_grouped_by_the_words_that_they_share():
+    def row(val_bpb, status, description):
+        return agent_loop.Experiment("abc1234", val_bpb, 0.0, status, description)
+
+    groups = agent_loop.themes(
+        [
+            row(1.0, "keep", "baseline"),
+            row(1.3, "discard", "raise the matrix LR to 0.05"),
+            row(1.1, "discard", "MATRIX_LR 0.04 -> 0.03"),
+            row(0.9, "keep", "embedding LR 0.6 to 0.8"),
+            row(0.95, "discard", "embedding lr 0.8 to 1.0 (matrix norm)"),
+            row(1.5, "discard", "GELU"),
+            row(0.0, "crash", "matrix LR 7"),
+        ]
+    )
+    assert [(g["theme"], g["discarded"], g["kept"]) for g in groups] == [("lr", 3, 1), ("others", 1, 0)]
+    assert groups[0]["change"] == pytest.approx(0.1) and groups[0]["nearest"]["change"] == pytest.approx(0.05)
