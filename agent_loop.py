@@ -27,7 +27,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -1895,10 +1894,7 @@ def show_report(lab, arguments):
 
 def main():
     arguments, console, news = parse_arguments(), Console(), None
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a script's background it would be ignored
+    prepare.hear_signals()
     sys.stdout.reconfigure(errors="replace")  # no description can end the night in a terminal without Unicode
     try:
         repository, news = Repository(), News(arguments.notify_url, console)

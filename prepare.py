@@ -13,6 +13,7 @@ sandbox, the trial, the exam. train.py uses four names of it: TASK, SEED, machin
 """
 
 import argparse
+import atexit
 import base64
 import bisect
 import contextlib
@@ -1701,6 +1702,30 @@ def check(task):
     return 2 if faults else 0
 
 
+HURRY = 5.0  # seconds that a program may take to end in good order, undisturbed
+
+
+def hear_signals():
+    """Have Ctrl-C, kill and a closed terminal end the program by an exception, with exit code 128 + the signal's number.
+
+    Those that follow within HURRY seconds are an owner's impatience, and count for nothing: an exception in the middle
+    of subprocess.Popen.wait() can leave its lock taken, and the program waiting for ever.
+    """
+    ended, numbers = -math.inf, [signal.SIGINT, signal.SIGTERM]  # in a script's background SIGINT would be ignored
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
+        numbers.append(signal.SIGHUP)
+
+    def end(number, _):
+        nonlocal ended
+        before, ended = ended, time.monotonic()
+        if ended - before > HURRY:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # from then on the exit code is fixed
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Prepare a task's data, or run one trial of a train.py under sandbox, clock and exam.",
@@ -1727,10 +1752,7 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
-        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a script's background it would be ignored
+    hear_signals()
     try:
         if arguments.command == "trial":
             if arguments.parent:
