@@ -543,6 +543,8 @@ class Lab:
         command = [sys.executable, str(HERE / "prepare.py"), "trial", str(train_py), "--out", str(out)]
         if self.experiments:
             command += ["--beat", repr(max(self.best.scores or [self.best.val_bpb]))]
+        if run or self.experiments:  # compiling takes a GPU a minute
+            command += ["--warm", str(self.folder / (commit if run else self.best.commit) / "0")]
         command += ["--task", self.task.name, "--budget", repr(self.task.time_budget), "--seed", str(run)]
         command += ["--flops", repr(self.meta["flops"]), "--parent", str(os.getpid())]
         command += ["--no-sandbox"] * self.arguments.no_sandbox
@@ -650,10 +652,9 @@ class Lab:
         self.experiments.append(experiment)
         self.held += 1
         self.settle()
-        for left in self.folder.glob("*/*/*"):  # only the best model is worth its space
-            if left.name == "model.safetensors" and left.parent != self.folder / self.best.commit / "0":
-                left.unlink()
-            elif left.name == "room":  # of a trial that broke off
+        for left in self.folder.glob("*/*/*"):  # only the best is worth its space; a room is of a trial that broke off
+            lost = left.parent != self.folder / self.best.commit / "0"
+            if left.name == "room" or lost and left.name in ("model.safetensors", "compiled"):
                 prepare.remove(left)
 
     def settle(self):

@@ -1264,6 +1264,7 @@ def start_confined(command, rules, **options):
 
 FILE_LIMIT = 8 * 2**30  # bytes of one file
 DISK_LIMIT = 10 * 2**30  # bytes by which the disk may fill up during a trial
+COPY_LIMIT = 30.0  # seconds for a copy of what a candidate has compiled
 DISK_RESERVE = 2**28  # bytes that a trial leaves free
 MEMORY_SHARE = 0.9  # of the machine's memory, for the candidate and its children together
 PROCESS_LIMIT = 1000
@@ -1364,11 +1365,12 @@ def numbers(values, limit=16):
     return dict(fine[:limit])
 
 
-def supervise(child, examiner, channel, output, rows, task, out):
+def supervise(child, examiner, channel, output, rows, task, out, at_begin):
     """Watch a candidate from its start to its end and return the facts: outcome, reason, times, memory and report.
 
-    The rows' descriptor is handed over when the candidate says begin; the clock runs from there to the arrival of its
-    submission. Every limit is enforced here, and every process of the candidate is dead on return.
+    When the candidate says begin, at_begin() is called and the rows' descriptor is handed over; the clock runs from
+    there to the arrival of its submission. Every limit is enforced here, and every process of the candidate is dead on
+    return.
     """
     log, started, begun = Log(out / "log.txt"), time.monotonic(), None
     deadline, next_look, peak, report = started + task.startup_limit, started, 0, {}
@@ -1392,6 +1394,7 @@ def supervise(child, examiner, channel, output, rows, task, out):
                     if begun is None and "refused" in message:
                         outcome, reason = "invalid", str(message["refused"])
                     elif begun is None and "begin" in message:
+                        at_begin()
                         try:
                             socket.send_fds(channel, [b"."], [rows])
                         except OSError as error:  # its end is closed or full; the channel does not block
@@ -1457,14 +1460,27 @@ def take_submission(room, out):
     return kept
 
 
-def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None):
+def copy_folder(source, target, rules):
+    """Copy a folder that a candidate has filled, links as links, under sandbox `rules`. A failed copy is removed."""
+    command = ["timeout", "-s", "KILL", str(COPY_LIMIT), "cp", "-RPT", "--", source, target]
+    try:
+        target.mkdir()
+        failed = start_confined(command, rules, stderr=subprocess.DEVNULL).wait()
+    except OSError:  # a full disk; a trial can do without
+        failed = True
+    if failed:
+        remove(target)
+
+
+def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
     """Run the candidate `train_py` once in the folder `out` and score it; returns what it writes to out/result.json.
 
     beat: val_bpb below which the score matters, so that the exam looks closer (None: always). flops: what the candidate
-    is told by machine_flops(). Raises Trouble or OSError, with nothing started, where data or disk are not fit.
+    is told by machine_flops(). warm: `out` of an earlier run, with whose compiled code this one starts. Raises Trouble
+    or OSError, with nothing started, where data or disk are not fit.
     """
     folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
-    train_py, room = Path(train_py).resolve(), out / "room"
+    train_py, room, compiled = Path(train_py).resolve(), out / "room", out / "compiled"
     source = train_py.read_bytes()
     remove(room)
     room.mkdir(parents=True)
@@ -1478,6 +1494,17 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None):
     level = sandbox_level() if sandbox else "none"
     hidden = read_meta(task).get("hidden_folders", [])
     rules = None if level == "none" else sandbox_rules([], [room], hidden)
+    if warm and (warm / "compiled").is_dir():
+        copy_folder(warm / "compiled", room / "compiled", None)
+
+    def keep_compiled():
+        # A compile cache is a folder of code, in which trained weights could travel as well: so it is copied before the
+        # candidate has seen any text, and not at all where text can be read without being handed out.
+        remove(compiled)
+        if (room / "compiled").exists() and not hidden:
+            reads = None if level == "none" else sandbox_rules([room], [compiled], hidden)
+            copy_folder(room / "compiled", compiled, reads)
+
     examiner = start_examiner(None if level == "none" else sandbox_rules([out, folder, __file__], [], []))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     output, child_output = os.pipe()
@@ -1501,7 +1528,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None):
         child = start_confined(command, rules, cwd=room, env=environment, pass_fds=passed, **streams)
         os.close(child_output)
         theirs.close()
-        result = supervise(child, examiner, ours, output, rows, task, out)
+        result = supervise(child, examiner, ours, output, rows, task, out, keep_compiled)
         submission = None
         if result["outcome"] == "ok":
             try:
@@ -1706,7 +1733,7 @@ HURRY = 5.0  # seconds that a program may take to end in good order, undisturbed
 
 
 def hear_signals():
-    """Have Ctrl-C, kill and a closed terminal end the program by an exception, with exit code 128 + the signal's number.
+    """Have Ctrl-C, kill and a closed terminal end the program by an exception; exit code 128 + the signal's number.
 
     Those that follow within HURRY seconds are an owner's impatience, and count for nothing: an exception in the middle
     of subprocess.Popen.wait() can leave its lock taken, and the program waiting for ever.
@@ -1745,6 +1772,7 @@ def parse_arguments():
     add("--budget", type=float, metavar="SECONDS", help="of training, instead of the task's own")
     add("--beat", type=float, metavar="BPB", help="examine less closely a score above it (default: none)")
     add("--flops", type=float, metavar="RATE", help="machine_flops() for the candidate (default: as measured)")
+    add("--warm", type=Path, metavar="DIR", help="start with what torch.compile has left in an earlier trial's --out")
     add("--no-sandbox", action="store_true", help="run the candidate unconfined: only for code you trust")
     add("--parent", type=int, help=argparse.SUPPRESS)  # the process that this one is not to outlive
     return parser.parse_args()
@@ -1763,7 +1791,8 @@ def main():
             if sandbox_level() == "none" or not sandbox:
                 print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
             out = Path(arguments.out).resolve()
-            result = trial(arguments.train_py, out, task, arguments.seed, sandbox, arguments.beat, arguments.flops)
+            limits = arguments.beat, arguments.flops, arguments.warm and arguments.warm.resolve()
+            result = trial(arguments.train_py, out, task, arguments.seed, sandbox, *limits)
             print_summary(result)
             return 0 if result["outcome"] == "ok" else 1
         if arguments.check:

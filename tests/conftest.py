@@ -163,13 +163,14 @@ def repository(tmp_path):
 # What the exam board says without holding an exam or looking at the machine: train.py prints its score. A file `speeds`
 # beside prepare.py gives the speed of the machine for each trial in turn.
 PLAYED_TRIAL = """
-def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None):
+def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
     source = Path(train_py).read_bytes()
     environment = os.environ | {"SEED": str(seed), "SECONDS": str(task.time_budget)}
     ended = subprocess.run([sys.executable, train_py], env=environment, capture_output=True, text=True)
     (out / "log.txt").write_text(ended.stdout + ended.stderr)
     (out / "metrics.jsonl").write_text('{"seconds": 0.1, "step": 1, "loss": 5.0}\\n')
     (out / "model.safetensors").write_bytes(source)
+    (out / "compiled").mkdir(exist_ok=True)
     result = {"outcome": "ok", "reason": None, "training_seconds": task.time_budget, "peak_rss_mb": 100.0, "steps": 9}
     if ended.returncode:
         result |= {"outcome": "crash", "reason": (ended.stderr.strip().splitlines() or ["killed"])[-1]}
@@ -180,7 +181,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None):
         now, *later = speeds.read_text().split()
         result["matmul_flops"] = float(now)
         speeds.write_text(" ".join(later or [now]))
-    result |= {"seed": seed, "task": task.name, "budget": task.time_budget, "flops": flops}
+    result |= {"seed": seed, "task": task.name, "budget": task.time_budget, "flops": flops, "warm": warm and str(warm)}
     result["sha256"] = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
     with open(out.parents[2] / "trials", "a") as file:
         print(Path(train_py).parent.name, seed, file=file)

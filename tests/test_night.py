@@ -286,6 +286,17 @@ def test_what_the_owner_deletes_in_mid_run_is_made_again_or_held_again(stage):
     assert git("show", "autoresearch/t:train.py") == git("show", f"{kept[-1]}:train.py")
 
 
+def test_every_trial_starts_with_what_the_best_has_compiled_and_nothing_else_of_it_is_kept(stage):
+    command = [sys.executable, "agent_loop.py", *LOOP, "--greedy", "--max-experiments", "4"]
+    assert subprocess.run(command, cwd=stage).returncode == 0
+    best = None
+    for commit, _, _, status, _ in book(stage):
+        result = json.loads((stage / "runs" / "t" / commit / "0" / "result.json").read_text())
+        assert result["warm"] == (best and str(stage / "runs" / "t" / best / "0"))
+        best = commit if status == "keep" else best
+    assert [path.parts[-3] for path in stage.glob("runs/t/*/*/compiled")] == [best]
+
+
 def test_a_tag_keeps_the_machine_rate_that_it_was_started_with(stage, cache, tmp_path):
     path = tmp_path / "cache" / "hardware.json"
     shutil.copytree(cache, path.parent)

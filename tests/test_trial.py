@@ -189,3 +189,37 @@ def test_the_readme_tells_how_to_sample_from_the_best_model(repository, run):
     assert run(*command, cwd=repository).returncode == 0
     said = run(sys.executable, "-c", "import prepare, torch\n" + recipe, cwd=repository)
     assert said.returncode == 0 and said.stdout.startswith("def main("), said.stderr
+
+
+EARLY = """
+compiled = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+print("found", sorted(path.name for path in compiled.glob("*")))
+compiled.mkdir(exist_ok=True)
+(compiled / "code").write_text("early")
+"""
+LATE = "(compiled / 'code').write_text('late'); (compiled / 'weights').write_text('late')"
+
+
+def test_what_is_compiled_before_begin_serves_the_next_trial_and_nothing_that_is_written_later(tmp_path, candidate):
+    path = candidate(before=f"from pathlib import Path\n{EARLY}", begun=LATE)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert prepare.trial(path, first, TINY, 0)["outcome"] == "ok"
+    assert [file.read_text() for file in (first / "compiled").iterdir()] == ["early"]
+    assert prepare.trial(path, second, TINY, 0, warm=first)["outcome"] == "ok"
+    assert "found ['code']" in (second / "log.txt").read_text()
+    assert [file.read_text() for file in (first / "compiled").iterdir()] == ["early"]
+
+
+def test_what_takes_the_place_of_compiled_code_leads_nowhere(tmp_path, candidate, cache):
+    """Links to the validation rows, as a file, as a folder or as the compile cache itself; and a pipe nobody reads."""
+    rows = cache / "tiny"
+    for links in (
+        "os.mkdir(c); os.symlink(rows, c + '/a'); os.symlink(rows + '/val.bin', c + '/b')",
+        "os.symlink(rows, c)",
+    ):
+        path = candidate(before=f"c, rows = os.environ['TORCHINDUCTOR_CACHE_DIR'], {str(rows)!r}; {links}")
+        assert prepare.trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
+        for file in (tmp_path / "out").rglob("*"):
+            assert file.is_symlink() or file.is_dir() or file.read_bytes() != (rows / "val.bin").read_bytes()
+    path = candidate(before="c = os.environ['TORCHINDUCTOR_CACHE_DIR']; os.mkdir(c); os.mkfifo(c + '/pipe')")
+    assert prepare.trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
