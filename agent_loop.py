@@ -526,6 +526,15 @@ class Lab:
             return (self.folder / commit / "train.py").read_bytes()
         return self.repository.source(f"refs/autoresearch/{self.tag}/{commit}")
 
+    def text(self, commit):
+        """train.py of a candidate as text. Raises Trouble where it is not UTF-8."""
+        try:
+            return self.source(commit).decode()
+        except UnicodeDecodeError:
+            raise Trouble(
+                f"the train.py of {commit} is not UTF-8 text; save it as that, commit it, start again"
+            ) from None
+
     # -- one experiment
 
     def trial(self, commit, run):
@@ -792,7 +801,7 @@ class Search(Researcher):
     IMPORTANT = re.compile(r"LR|STEPS|BATCH|PARAM|DEPTH|MOMENTUM|COOLDOWN|RATIO")
 
     def draft(self, lab):
-        source = lab.source(lab.best.commit).decode()
+        source = lab.text(lab.best.commit)
         constants = find_constants(source)
         chance = random.Random(f"{lab.tag} {len(lab.experiments)}")
         for step in [*self.followed(lab.best.description, constants), *self.drawn(constants, chance)]:
@@ -1168,7 +1177,7 @@ class Model(Researcher):
             self.think_ahead(lab, None)
             writing, self.writing = self.writing, None  # even if it has failed: the next try begins anew
             conversation = writing.result()
-            draft, best = conversation.draft, lab.source(lab.best.commit).decode()
+            draft, best = conversation.draft, lab.text(lab.best.commit)
             source = draft.source
             if best != conversation.base:
                 # Its edits say best what it meant; where they no longer fit, lines that only one side changed still do.
@@ -1198,7 +1207,7 @@ class Model(Researcher):
 
     def crashed(self, lab, commit):
         source, conversation = self.handed
-        if not conversation or lab.source(commit).decode() != source or conversation.crashes >= CRASH_REPAIRS:
+        if not conversation or lab.text(commit) != source or conversation.crashes >= CRASH_REPAIRS:
             return
         conversation.crashes += 1
         conversation.reply(
@@ -1231,7 +1240,7 @@ class Model(Researcher):
         best = next((e.commit for e in reversed(experiments) if e.status == "keep"), lab.meta["start"])
         with contextlib.suppress(OSError):
             programme = (HERE / "program.md").read_text(encoding="utf-8", errors="replace")
-        base, plain = lab.source(best).decode(), self.elsewhere and not model.startswith("claude-")
+        base, plain = lab.text(best), self.elsewhere and not model.startswith("claude-")
         budget = f"TASK is {lab.task.name}: {lab.task.time_budget:g} s of training, T {lab.task.seq_len}, "
         texts = [
             f"{RULES}\n{PLAIN}" if plain else RULES,

@@ -1791,6 +1791,9 @@ def main():
             if sandbox_level() == "none" or not sandbox:
                 print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
             out = Path(arguments.out).resolve()
+            out.mkdir(parents=True, exist_ok=True)
+            # Held until this process ends: one that was told to end may still be clearing up here.
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX)
             limits = arguments.beat, arguments.flops, arguments.warm and arguments.warm.resolve()
             result = trial(arguments.train_py, out, task, arguments.seed, sandbox, *limits)
             print_summary(result)

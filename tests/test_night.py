@@ -215,6 +215,15 @@ def test_a_train_py_that_is_staged_is_saved_as_well(stage):
     assert saved == ["# edited\n", "# staged\n"] and git_in(stage)("status", "--porcelain") == ""
 
 
+def test_a_train_py_in_another_encoding_than_utf_8_is_named_in_one_sentence(stage):
+    train_py = stage / "train.py"
+    train_py.write_bytes(b"# -*- coding: latin-1 -*-  \xe9\n" + train_py.read_bytes())
+    git_in(stage)("commit", "-qam", "accents")
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments", "1"]
+    ended = subprocess.run(command, cwd=stage, capture_output=True, text=True)
+    assert ended.returncode == 2 and "is not UTF-8 text" in ended.stderr and ended.stderr.count("\n") == 1
+
+
 def test_worktrees_of_one_repository_run_tags_of_their_own_side_by_side(stage, tmp_path):
     git_in(stage)("worktree", "add", "-q", "--detach", str(tmp_path / "other"))
     loops = [

@@ -138,6 +138,12 @@ def test_interrupting_a_trial_ends_all_its_processes_and_leaves_no_result(tmp_pa
         metrics.unlink()
 
 
+def test_a_second_trial_in_the_same_folder_waits_for_the_first(tmp_path, repository, candidate):
+    command = [sys.executable, str(repository / "prepare.py"), "trial", str(candidate()), "--task", "tiny"]
+    trials = [subprocess.Popen([*command, "--out", str(tmp_path / "out")]) for _ in range(2)]
+    assert [trial.wait(60) for trial in trials] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
