@@ -46,7 +46,7 @@ class Lab:
         self.experiments = [Experiment("abc1234", 1.0, 0.1, "keep", "baseline", [1.0, 1.001, 0.999])]
         self.repository = types.SimpleNamespace(reasons=lambda tag: self.why)
 
-    best = agent_loop.Lab.best
+    best, text = agent_loop.Lab.best, agent_loop.Lab.text
 
     def source(self, commit):
         return self.sources[commit].encode()
