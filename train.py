@@ -42,6 +42,7 @@ SHORT_WINDOW = 0.125  # span of an S layer as a share of the sequence
 ROTARY_BASE = 200000  # longest rotary wavelength, in tokens over 2 pi
 QK_SCALE = 1.0  # factor on attention scores: higher means sharper attention
 SOFT_CAP = 15.0  # logits are squashed into (-SOFT_CAP, SOFT_CAP)
+PAIR_ROWS = 8  # rows of the pair embedding per token of the vocabulary
 KEY_SHIFT = 0.5  # share of a key's channels that come from the token before
 GATE_CHANNELS = 32  # leading channels that steer the gates of value embeddings and of the token before
 GATE_RANGE = 2.0  # the gate lies in (0, GATE_RANGE) and starts in the middle
@@ -226,8 +227,8 @@ class GPT(nn.Module):
     """Decoder-only transformer: int64 tokens [B, T] -> float32 logits [B, T, V].
 
     A gated share of the embedding of the token before is added to each token's. Before each layer the residual stream
-    is scaled and a share of that sum is mixed back in, both by learned scalars (all: modded-nanogpt). Soft-capped
-    logits: Gemma 2, arXiv 2408.00118.
+    is scaled and a share of that sum is mixed back in, both by learned scalars (all: modded-nanogpt). Layers with value
+    embeddings get those of token pairs as well, hashed as in fastText. Soft-capped logits: Gemma 2, arXiv 2408.00118.
     """
 
     def __init__(self, vocab_size, seq_len, depth, dim, head_dim):
@@ -238,6 +239,7 @@ class GPT(nn.Module):
         has_value_embed = [i % 2 == (depth - 1) % 2 for i in range(depth)]
         self.embed = nn.Embedding(vocab_size, dim)
         self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, dim) if has else None for has in has_value_embed)
+        self.pair_embed = nn.Embedding(PAIR_ROWS * vocab_size, dim)
         self.blocks = nn.ModuleList(Block(dim, head_dim, w, has) for w, has in zip(self.windows, has_value_embed))
         self.smear = Linear(min(GATE_CHANNELS, dim), 1)
         self.head = Linear(dim, vocab_size)
@@ -256,6 +258,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight", "gate.weight", "smear.weight")):
                 nn.init.zeros_(parameter)
+        nn.init.zeros_(self.pair_embed.weight)
         nn.init.normal_(self.embed.weight, std=EMBED_INIT)
         nn.init.normal_(self.head.weight, std=HEAD_INIT)
 
@@ -263,9 +266,10 @@ class GPT(nn.Module):
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
         x = norm(self.embed(idx).bfloat16())
         x = x0 = x + torch.sigmoid(self.smear(x[..., : self.smear.in_features])) * previous(x)
+        pair = self.pair_embed((7919 * previous(idx) + idx) % self.pair_embed.num_embeddings).bfloat16()
         for i, (block, table) in enumerate(zip(self.blocks, self.value_embeds)):
             x = self.residual[i] * x + self.x0[i] * x0
-            x = block(x, None if table is None else table(idx).bfloat16(), cos, sin)
+            x = block(x, None if table is None else table(idx).bfloat16() + pair, cos, sin)
         # SOFT_CAP * tanh(z / SOFT_CAP), plus a constant that no softmax can see: sigmoid is several times cheaper than
         # tanh on a CPU, and dividing before the product spares a pass over the largest tensor of the model.
         return 2 * SOFT_CAP * torch.sigmoid(self.head(norm(x) / (SOFT_CAP / 2)).float())
@@ -341,9 +345,10 @@ class Muon:
 def make_adamw(model):
     """Fused AdamW over everything outside the layers. Embeddings and head learn faster in narrow models."""
     width, betas = (model.head.in_features / 768) ** -0.5, (ADAM_BETA1, ADAM_BETA2)
+    values = [*model.value_embeds.parameters(), model.pair_embed.weight]
     groups = [
         dict(params=[model.embed.weight], peak=EMBED_LR * width, betas=betas, weight_decay=EMBED_DECAY),
-        dict(params=model.value_embeds.parameters(), peak=EMBED_LR * width, betas=betas, weight_decay=VALUE_DECAY),
+        dict(params=values, peak=EMBED_LR * width, betas=betas, weight_decay=VALUE_DECAY),
         dict(params=[model.head.weight], peak=HEAD_LR * width, betas=betas, weight_decay=HEAD_DECAY),
         dict(params=[model.smear.weight], peak=SMEAR_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.residual], peak=RESIDUAL_LR, betas=betas, weight_decay=0.0),
@@ -363,17 +368,12 @@ def momentum_at(step):
     return MOMENTUM_START + (MOMENTUM_END - MOMENTUM_START) * min(1.0, step / MOMENTUM_STEPS)
 
 
-def decay_at(progress):
-    """Muon weight decay, falling linearly to zero at the end of the budget."""
-    return MATRIX_DECAY * max(0.0, 1 - progress)
-
-
 def update(adamw, muon, step, progress):
     """One step of both optimisers at their place in the schedules."""
     for group in adamw.param_groups:
         group["lr"] = group["peak"] * lr_at(progress)
     adamw.step()
-    muon.step(MATRIX_LR * lr_at(progress), momentum_at(step), decay_at(progress))
+    muon.step(MATRIX_LR * lr_at(progress), momentum_at(step), MATRIX_DECAY * max(0.0, 1 - progress))
 
 
 # ---- Main ----

@@ -126,6 +126,16 @@ def test_every_token_of_the_past_reaches_the_last_logits():
             assert not torch.equal(model(tokens)[0, -1], model(changed)[0, -1])
 
 
+def test_the_embedding_of_a_pair_reaches_the_logits_from_where_it_stands():
+    model = small_model()
+    tokens = torch.arange(5, 5 + T)[None] % V
+    with torch.no_grad():
+        before = model(tokens)
+        model.pair_embed.weight[(7919 * tokens[0, 8] + tokens[0, 9]) % (train.PAIR_ROWS * V)] += 1.0
+        moved = (model(tokens) != before).any(-1)[0]
+    assert not moved[:9].any() and moved[9]
+
+
 def test_logits_are_the_tanh_soft_cap_up_to_a_constant():
     model = small_model()
     torch.nn.init.normal_(model.head.weight, std=3.0)
@@ -198,7 +208,13 @@ def test_momentum_rises_and_weight_decay_falls_to_zero():
     middle = (train.MOMENTUM_START + train.MOMENTUM_END) / 2
     assert train.momentum_at(train.MOMENTUM_STEPS / 2) == pytest.approx(middle)
     assert train.momentum_at(10**6) == pytest.approx(train.MOMENTUM_END)
-    assert train.decay_at(0) == train.MATRIX_DECAY and train.decay_at(1) == train.decay_at(1.1) == 0
+    model = small_model()
+    adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for progress, decay in ((0.0, train.MATRIX_DECAY), (0.5, train.MATRIX_DECAY / 2), (1.0, 0.0), (1.1, 0.0)):
+        train.update(adamw, muon, 0, progress)
+        assert muon.decay.item() == pytest.approx(decay)
 
 
 # The optimisers
