@@ -354,7 +354,7 @@ def test_steps_are_sensible_for_the_kind_of_number():
 class Lab:
     """What the search asks of a lab."""
 
-    tag = "t"
+    tag, text = "t", agent_loop.Lab.text
 
     def __init__(self, description="baseline"):
         self.best = agent_loop.Experiment("abc", 1.0, 0.0, "keep", description)
