@@ -1790,6 +1790,7 @@ def main():
             task, sandbox = get_task(arguments.task, arguments.budget), not arguments.no_sandbox
             if sandbox_level() == "none" or not sandbox:
                 print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
+            verify(task)  # before anything is written
             out = Path(arguments.out).resolve()
             out.mkdir(parents=True, exist_ok=True)
             # Held until this process ends: one that was told to end may still be clearing up here.
