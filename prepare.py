@@ -1470,6 +1470,8 @@ def copy_folder(source, target, rules):
         failed = True
     if failed:
         remove(target)
+    with contextlib.suppress(OSError):
+        target.rmdir()  # where nothing was compiled, torch may leave an empty folder
 
 
 def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
