@@ -713,13 +713,24 @@ def machine_flops(again=False):
         return known[name]["matmul_flops"]
 
 
+def matmul_dtype():
+    """The torch dtype of fast matrix products: bfloat16, but float32 on a CPU without AVX-512.
+
+    There torch multiplies bfloat16 in a plain loop, a hundred times slower.
+    """
+    import torch
+
+    fast = has_gpu() or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.bfloat16 if fast else torch.float32
+
+
 def measure_flops(seconds=1.5):
     """{device, matmul_flops}: the best of many timed products of square bf16 matrices."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    a = torch.randn(size, size, dtype=matmul_dtype(), device=device)
     best, end = math.inf, time.monotonic() + seconds
     while time.monotonic() < end:
         start = time.perf_counter()
@@ -943,8 +954,6 @@ def load_sealed(path, task):
             if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
                 raise Refused(f"the model was sealed for a device that is not here: {device!r}")
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
-        if program["batch"] != exam_batch(task, device):
-            raise Refused(f"the model was sealed for batches of {program['batch']!r} rows")
         return program, build_forward(program, tensors)
     except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Refused(f"the submission is not a sealed model: {str(error)[:200]}") from None
@@ -1133,14 +1142,15 @@ class Run:
             raise SystemExit(0)
         result = {"outcome": "ok", "training_seconds": seconds, **report}
         try:
-            result |= finish_examiner(start_examiner(None), self._path, TASK, verify(TASK), None)
+            with Examiner(None) as examiner:
+                result |= finish_exam(examiner, self._path, TASK, verify(TASK), None)
         finally:
             shutil.rmtree(self._path.parent)
         print_summary(result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The sandbox: Landlock rules for the candidate and for the examiner
+# The sandbox: Landlock rules and a filter of system calls, for the candidate and for the examiner
 
 
 def openings(root, hidden):
@@ -1162,14 +1172,22 @@ def openings(root, hidden):
 
 
 def sandbox_rules(readable, writable, hidden):
-    """[(path, rights)] of a process that runs Python: system libraries and devices, `readable` and `writable` paths."""
+    """[(path, rights)] of a process that runs Python: system libraries and devices, `readable` and `writable` paths.
+
+    What it needs of its own entry in /proc, start_confined() adds.
+    """
     from landlockpy import AccessFS, fs_for_abi
 
     here, listing, reading = str(Path(__file__).resolve().parent), AccessFS.READ_DIR, AccessFS.READ_FILE
     hidden = {here, str(cache_root()), *hidden}
-    roots = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/bin", "/proc", "/sys", *filter(None, sys.path)}
+    roots = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/bin", "/sys", *filter(None, sys.path)}
+    roots |= {"/nix/store", "/run/opengl-driver"}  # where NixOS has Python and the libraries of the GPU's driver
+    roots |= set(filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":")))
     roots |= {f"/etc/{name}" for name in ("alternatives", "ld.so.cache", "localtime", "nsswitch.conf", "passwd")}
-    roots = {os.path.realpath(root) for root in roots if os.path.exists(root)} - {here}
+    # Of /proc, what tells of the machine: another process could be named or timed so as to be read.
+    kernel = {entry.path for entry in os.scandir("/proc") if not entry.name.isdigit() and not entry.is_symlink()}
+    roots |= kernel - {"/proc/kcore", "/proc/kmsg"}
+    roots = {os.path.realpath(root) for root in roots if os.path.exists(root)} - {here, "/"}
     devices = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "dri", "dxg", "kfd")}
     devices |= {str(path) for path in Path("/dev").glob("nvidia*")}
     rules = [(root, listing) for root in roots if os.path.isdir(root)]
@@ -1189,7 +1207,8 @@ def sandbox_level():
     return "none"
 
 
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 22, 24, 36
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
+M_PERTURB = -6  # mallopt
 
 
 LIBC = ctypes.CDLL(None)  # opened once: after a fork, a lock of the loader may be held for good
@@ -1198,39 +1217,96 @@ LIBC = ctypes.CDLL(None)  # opened once: after a fork, a lock of the loader may 
 def prctl(option, value):
     """Linux process control; does nothing elsewhere."""
     if sys.platform == "linux":
-        LIBC.prctl(option, value)
+        LIBC.prctl(option, value, 0, 0, 0)
 
 
-# System calls that Landlock does not rule, by their numbers on x86_64 and aarch64. The first would reach a server or
-# leave something behind for a later trial: sockets (MPTCP, UDP, those of services), io_uring, System V memory and
-# queues, keyrings, extended attributes.
-FORBIDDEN_CALLS = {
-    "x86_64": (41, 42, 49, 425, 29, 30, 64, 68, 240, 248, 249, 250, 188, 189, 190, 463),
-    "aarch64": (198, 203, 200, 425, 194, 196, 190, 186, 180, 217, 218, 219, 5, 6, 7, 463),
-}
-# Modes, owners and times could mark any file of the user. Honest tools set them on files of their own, so these calls
-# seem to succeed: chmod, chown, utime and their variants.
-IGNORED_CALLS = {
-    "x86_64": (90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280),
-    "aarch64": (52, 53, 452, 54, 55, 88),
-}
-PRLIMIT_CALL = {"x86_64": 302, "aarch64": 261}  # allowed on the process itself
-AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+# What Landlock does not rule. A line is a group of system calls, as (number on x86_64, number on aarch64 or None), with
+# what becomes of a call: an error, or "ignore", which answers 0 and does nothing.
+IGNORE = 0
+SYSTEM_CALLS = (
+    # A server could be reached, or something left behind for a later trial: bind, io_uring_setup, System V memory,
+    # semaphores and queues, mq_open, add_key, request_key, keyctl, setxattr in its four forms.
+    (errno.EACCES, ((49, 200), (425, 425), (29, 194), (30, 196), (64, 190), (68, 186), (240, 180))),
+    (errno.EACCES, ((248, 217), (249, 218), (250, 219), (188, 5), (189, 6), (190, 7), (463, 463))),
+    # connect. A driver that looks for its service (CUDA for MPS) hears that there is none.
+    (errno.ENOENT, ((42, 203),)),
+    # The page cache, which tells what an earlier process has read: mincore, cachestat, preadv2 and pwritev2.
+    (errno.EACCES, ((27, 232), (451, 451))),
+    (errno.ENOSYS, ((327, 286), (328, 287))),
+    (IGNORE, ((221, 223),)),  # fadvise64
+    # New namespaces (clone3 would hide its flags), and what looks into the kernel: unshare, setns, perf_event_open,
+    # bpf, userfaultfd. truncate by path, which Landlock rules from ABI 3 on.
+    (errno.ENOSYS, ((435, 435),)),
+    (errno.EACCES, ((272, 97), (308, 268), (298, 241), (321, 280), (323, 282), (76, 45))),
+    # Modes, owners and times could mark any file of the user, but honest tools set them on files of their own: chmod,
+    # chown, utime and their variants.
+    (IGNORE, ((90, None), (91, 52), (268, 53), (452, 452), (92, None), (93, 55), (94, None), (260, 54))),
+    (IGNORE, ((132, None), (235, None), (261, None), (280, 88))),
+    # Whoever stays in the process group of the candidate ends with it: setpgid, setsid.
+    (IGNORE, ((109, 154), (112, 157))),
+    # The priority of others: setpriority, ioprio_set.
+    (IGNORE, ((141, 140), (251, 30))),
+)
+# Calls that are allowed with certain arguments alone: (otherwise, calls, ((argument, mask, allowed values), ...)). The
+# filter compares 32 bits; the upper half of argument 4 is 4.5.
+NEW_NAMESPACE = 0x7E020000 | 0x80  # CLONE_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET, _NEWTIME
+EVERY_BIT = 0xFFFFFFFF
+SOME_SYSTEM_CALLS = (
+    # socket: CUDA asks for one to MPS. socketpair: no datagrams, which could be sent to a service by its name.
+    (errno.EACCES, ((41, 198),), ((0, EVERY_BIT, (socket.AF_UNIX,)), (1, 0xF, (socket.SOCK_SEQPACKET,)))),
+    (
+        errno.EACCES,
+        ((53, 199),),
+        ((0, EVERY_BIT, (socket.AF_UNIX,)), (1, 0xF, (socket.SOCK_STREAM, socket.SOCK_SEQPACKET))),
+    ),
+    (errno.EACCES, ((44, 206),), ((4, EVERY_BIT, (0,)), (4.5, EVERY_BIT, (0,)))),  # sendto: no address
+    (errno.EACCES, ((302, 261),), ((0, EVERY_BIT, (0,)),)),  # prlimit: of the process itself
+    # sched_setaffinity, sched_setparam, sched_setscheduler, sched_setattr: of the calling thread.
+    (IGNORE, ((203, 122), (142, 118), (144, 119), (314, 274)), ((0, EVERY_BIT, (0,)),)),
+    (errno.EACCES, ((56, 220),), ((0, NEW_NAMESPACE, (0,)),)),  # clone
+)
+# The process that reads a sealed model needs less still: no other program or process, and none to look into (execve,
+# execveat, fork, vfork, ptrace, process_vm_readv, process_vm_writev; clone makes threads).
+READER_CALLS = ((errno.EACCES, ((59, 221), (322, 281), (57, None), (58, None), (101, 117), (310, 270), (311, 271))),)
+CLONE_THREAD = 0x10000
+SOME_READER_CALLS = ((errno.EACCES, ((56, 220),), ((0, CLONE_THREAD, (CLONE_THREAD,)),)),)
+
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 
 
-def forbid_system_calls():
-    """Install a seccomp filter for this process and all that it starts; does nothing on other architectures."""
+def signal_calls():
+    """(calls, some calls) that keep a process from signalling others where Landlock, before ABI 6, cannot.
+
+    tkill, rt_sigqueueinfo, rt_tgsigqueueinfo and pidfd_send_signal are closed; kill and tgkill reach this process, and
+    kill its group.
+    """
+    closed = (errno.EPERM, ((200, 130), (129, 138), (297, 240), (424, 424)))
+    return (closed,), ((errno.EPERM, ((62, 129), (234, 131)), ((0, EVERY_BIT, (0, os.getpid())),)),)
+
+
+def filter_system_calls(calls, some_calls):
+    """Install a seccomp filter for this process and all that it starts; does nothing on other architectures.
+
+    calls, some_calls: as SYSTEM_CALLS and SOME_SYSTEM_CALLS.
+    """
     machine = platform.machine()
-    if sys.platform != "linux" or machine not in AUDIT_ARCHITECTURE:
+    if sys.platform != "linux" or machine not in ARCHITECTURES:
         return
-    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
-    refuse, ignore, allow = 0x50000 + errno.EACCES, 0x50000, 0x7FFF0000
-    code = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCHITECTURE[machine]), (end, 0, 0, refuse)]
-    code += [(load, 0, 0, 0), (at_least, 0, 1, 2**30), (end, 0, 0, refuse)]  # x32 has all calls a second time
-    for calls, verdict in ((FORBIDDEN_CALLS, refuse), (IGNORED_CALLS, ignore)):
-        for number in calls[machine]:
-            code += [(equal, 0, 1, number), (end, 0, 0, verdict)]
-    code += [(equal, 0, 3, PRLIMIT_CALL[machine]), (load, 0, 0, 16), (equal, 1, 0, 0), (end, 0, 0, refuse)]
+    column, architecture = ARCHITECTURES[machine]
+    load, mask_with, equal, at_least, end = 0x20, 0x54, 0x15, 0x35, 0x06
+    answer, allow = 0x50000, 0x7FFF0000
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, answer + errno.EACCES)]
+    code += [(load, 0, 0, 0), (at_least, 0, 1, 2**30), (end, 0, 0, answer + errno.EACCES)]  # x32 has all calls again
+    for otherwise, group, tests in [*((*line, ()) for line in calls), *some_calls]:
+        verdict = []
+        for argument, mask, allowed in tests:
+            verdict += [(load, 0, 0, int(16 + 8 * argument)), (mask_with, 0, 0, mask)]
+            verdict += [(equal, len(allowed) - place, 0, value) for place, value in enumerate(allowed)]
+            verdict += [(end, 0, 0, answer + otherwise)]
+        verdict += [(end, 0, 0, allow if tests else answer + otherwise)]
+        for numbers in group:
+            if numbers[column] is not None:
+                code += [(equal, 0, len(verdict), numbers[column]), *verdict]
     code += [(end, 0, 0, allow)]
     lines = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(lines)))
@@ -1238,39 +1314,95 @@ def forbid_system_calls():
         raise OSError("the kernel refused the seccomp filter")
 
 
-def start_confined(command, rules, **options):
-    """Popen `command` in its own session, under Landlock `rules` (None: unconfined), to die with this process."""
+def thread_limit():
+    """RLIMIT_NPROC for a candidate: the threads that its user has, and room for its own. The kernel exempts root."""
+    import psutil
+
+    user, threads = os.getuid(), THREAD_LIMIT
+    if not user:
+        return -1
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            threads += process.num_threads() if process.uids().real == user else 0
+    return threads
+
+
+def start_confined(command, rules, pass_fds=(), **options):
+    """Popen `command` in its own session, under Landlock `rules` (None: unconfined), to die with this process.
+
+    Its process group has the number of the process and is nobody else's: see end_group().
+    """
     import resource
+
+    threads = thread_limit()
+    scoped = landlock_abi() >= 6
+    own = os.open("/proc/self/task", os.O_PATH | os.O_DIRECTORY) if rules is not None else None
 
     def confine():
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this process goes first
         if rules is not None:
             for capability in range(64):  # root's would open the environment of other processes in /proc
                 prctl(PR_CAPBSET_DROP, capability)
-            with landlockpy.Ruleset(scoped=landlockpy.Scope.SIGNAL | landlockpy.Scope.ABSTRACT_UNIX_SOCKET) as ruleset:
-                for path, rights in rules:
+            # NVIDIA's driver names the threads that it starts by writing /proc/self/task/<thread>/comm, and gives up
+            # where it may not. The rule belongs to an inode that the kernel may drop and make anew, so the process
+            # holds it open.
+            os.dup2(os.open("/proc/self/task", os.O_PATH | os.O_DIRECTORY), own)
+            access = landlockpy.AccessFS
+            reading = access.READ_FILE | access.READ_DIR
+            of_itself = [("/proc/self", reading), ("/proc/self/task", reading | access.WRITE_FILE | access.TRUNCATE)]
+            scopes = landlockpy.Scope.SIGNAL | landlockpy.Scope.ABSTRACT_UNIX_SOCKET
+            with landlockpy.Ruleset(scoped=scopes) as ruleset:
+                for path, rights in [*rules, *of_itself]:
                     ruleset.allow_path(path, rights)
                 ruleset.restrict()  # also sets no_new_privs, without which a filter would need root
-            forbid_system_calls()
+            calls, some_calls = ((), ()) if scoped else signal_calls()
+            filter_system_calls(SYSTEM_CALLS + calls, SOME_SYSTEM_CALLS + some_calls)
 
     if rules is not None:
         import landlockpy
-    return subprocess.Popen(command, start_new_session=True, preexec_fn=confine, **options)
+
+        pass_fds = (*pass_fds, own)
+    try:
+        return subprocess.Popen(command, start_new_session=True, preexec_fn=confine, pass_fds=pass_fds, **options)
+    finally:
+        if own is not None:
+            os.close(own)
+
+
+def landlock_abi():
+    """The kernel's Landlock version; 0 without it."""
+    level = sandbox_level()
+    return 0 if level == "none" else int(level.split()[1])
 
 
 FILE_LIMIT = 8 * 2**30  # bytes of one file
 DISK_LIMIT = 10 * 2**30  # bytes by which the disk may fill up during a trial
+INODE_LIMIT = 200_000  # files, likewise
 COPY_LIMIT = 30.0  # seconds for a copy of what a candidate has compiled
+COMPILED_LIMIT = 2**29  # bytes of it
 DISK_RESERVE = 2**28  # bytes that a trial leaves free
 MEMORY_SHARE = 0.9  # of the machine's memory, for the candidate and its children together
-PROCESS_LIMIT = 1000
+PROCESS_LIMIT = 128  # processes of a candidate, counted once a second
+THREAD_LIMIT = 2048  # threads and processes that a candidate can start, as an ordinary user
 LOG_LIMIT = 2**20  # bytes of a candidate's output that are kept
 
-ENVIRONMENT = re.compile(r"PATH|LANG|LC_\w+|TZ|LD_LIBRARY_PATH|PYTHONPATH|(CUDA|NVIDIA|OMP|MKL|TORCH|TRITON)_\w+")
+# What a trial inherits of the environment: no keys, and no folders to write to.
+ENVIRONMENT = re.compile(
+    r"PATH|LANG|LC_\w+|TZ|LD_LIBRARY_PATH|PYTHONPATH"
+    r"|(?!TORCH_TRACE|TORCH_LOGS_OUT|TORCH_HOME|TRITON_HOME|(?:TORCH|TRITON)\w+_DIR|CUDA_CACHE_PATH)"
+    r"(CUDA|NVIDIA|OMP|MKL|TORCH|TRITON|PYTORCH)_\w+"
+)
+
+
+def environment(**more):
+    """The environment of a process of a trial: an allow-list of ours, and `more`."""
+    return {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)} | more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1292,14 +1424,34 @@ def descendants(keep):
     return found
 
 
+def exit_code(child):
+    """Return code of a Popen whose process has ended, else None. It stays a zombie: its group's number is not free."""
+    ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return ended and (ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
+
+
+def kill_group(child):
+    """Kill a confined Popen and all that it started, at one stroke.
+
+    The filter keeps them in its process group, and the kernel signals a group and forks under one lock: no process can
+    slip through by forking faster than it is killed.
+    """
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
 def end_processes(keep=None):
-    """Kill and reap every descendant but `keep`. Orphans cannot escape: this process is their subreaper."""
+    """Kill and reap every descendant but `keep`. Orphans cannot escape: this process is their subreaper.
+
+    Raises Pause for a process that the kernel does not end, as one that waits for a dead disk or GPU.
+    """
     import psutil
 
     deadline = time.monotonic() + 60
     while alive := descendants(keep):
         if time.monotonic() > deadline:
-            raise Trouble(f"processes of the candidate cannot be ended: {[process.pid for process in alive][:9]}")
+            raise Pause(f"processes of the candidate cannot be ended: {[process.pid for process in alive][:9]}")
         for process in alive:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -1307,24 +1459,6 @@ def end_processes(keep=None):
             with contextlib.suppress(OSError):
                 os.waitpid(process.pid, os.WNOHANG)
         time.sleep(0.01)
-
-
-def overdrawn(keep, out, free_at_start):
-    """(bytes of memory in use by the candidate, reason to stop it or None)."""
-    import psutil
-
-    processes, memory = descendants(keep), 0
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            memory += process.memory_info().rss
-    free = shutil.disk_usage(out).free
-    if len(processes) > PROCESS_LIMIT:
-        return memory, f"it ran more than {PROCESS_LIMIT} processes"
-    if memory > MEMORY_SHARE * psutil.virtual_memory().total:
-        return memory, f"it took {memory / 2**30:.0f} GB of memory"
-    if free < max(DISK_RESERVE, free_at_start - DISK_LIMIT):
-        return memory, "it filled the disk"
-    return memory, None
 
 
 class Log:
@@ -1349,15 +1483,6 @@ class Log:
         self.file.close()
 
 
-def read_message(channel):
-    """One message of the candidate as a dict; {} for whatever is not one."""
-    with contextlib.suppress(ValueError, RecursionError, OSError):
-        message = json.loads(channel.recv(2**16))
-        if isinstance(message, dict):
-            return message
-    return {}
-
-
 def numbers(values, limit=16):
     """Those items of a candidate's report that are a short name with a finite number, at most `limit`."""
     items = values.items() if isinstance(values, dict) else ()
@@ -1365,76 +1490,166 @@ def numbers(values, limit=16):
     return dict(fine[:limit])
 
 
-def supervise(child, examiner, channel, output, rows, task, out, at_begin):
-    """Watch a candidate from its start to its end and return the facts: outcome, reason, times, memory and report.
+class Watch:
+    """A candidate from its start to its end, as the proctor sees it: every limit is enforced here.
 
-    When the candidate says begin, at_begin() is called and the rows' descriptor is handed over; the clock runs from
-    there to the arrival of its submission. Every limit is enforced here, and every process of the candidate is dead on
-    return.
+    The clock runs from the moment before the training rows are handed over to the moment after every process of the
+    candidate has been killed, so that whatever was done with text lies between two readings of it.
     """
-    log, started, begun = Log(out / "log.txt"), time.monotonic(), None
-    deadline, next_look, peak, report = started + task.startup_limit, started, 0, {}
-    free_at_start = shutil.disk_usage(out).free
-    outcome = reason = None
-    metrics = open(out / "metrics.jsonl", "w")
-    with contextlib.closing(log), metrics, selectors.DefaultSelector() as selector:
-        selector.register(channel, selectors.EVENT_READ)
-        selector.register(output, selectors.EVENT_READ)
+
+    def __init__(self, child, examiner, channel, output, task, out):
+        self.child, self.examiner, self.channel, self.output = child, examiner, channel, output
+        self.task, self.out, self.log = task, out, Log(out / "log.txt")
+        self.started, self.begun, self.ended = time.monotonic(), None, None
+        self.deadline, self.next_look = self.started + task.startup_limit, self.started
+        self.outcome = self.reason = None
+        self.report, self.peak, self.cpu_at_begin = {}, 0, 0.0
+        disk = os.statvfs(out)
+        self.disk_floor = max(DISK_RESERVE, disk.f_bavail * disk.f_frsize - DISK_LIMIT)
+        self.inode_floor = disk.f_favail - INODE_LIMIT if disk.f_files else -math.inf  # btrfs has no such number
+
+    def run(self, rows, at_begin):
+        """Watch until the end; every process of the candidate is dead on return.
+
+        rows: descriptor of the training rows, handed over when the candidate says begin, after at_begin().
+        """
+        with (
+            contextlib.closing(self.log),
+            open(self.out / "metrics.jsonl", "w") as metrics,
+            selectors.DefaultSelector() as selector,
+        ):
+            selector.register(self.channel, selectors.EVENT_READ)
+            selector.register(self.output, selectors.EVENT_READ)
+            try:
+                while self.outcome is None:
+                    code = exit_code(self.child)  # asked first: what it sent before its end is still read below
+                    wait = 0 if code is not None else min(0.25, max(0.0, self.deadline - time.monotonic()))
+                    for key, _ in selector.select(wait):
+                        heard = self.copy_output() if key.fileobj is self.output else self.hear(rows, at_begin, metrics)
+                        if not heard:
+                            selector.unregister(key.fileobj)
+                    if self.outcome is None:
+                        self.look(code)
+            finally:
+                kill_group(self.child)
+                self.ended = time.monotonic()
+                end_processes(keep=self.examiner)
+                self.child.wait()
+                while self.copy_output():
+                    pass
+
+    def copy_output(self):
+        """Copy a piece of what the candidate has printed to its log; false where there is none."""
+        with contextlib.suppress(BlockingIOError):  # the candidate can read its pipe empty again
+            data = os.read(self.output, 2**16)
+            self.log.write(data)
+            return bool(data)
+        return self.ended is None
+
+    def hear(self, rows, at_begin, metrics):
+        """Act on one message of the candidate; false where it has closed the channel."""
+        now = time.monotonic()
         try:
-            while outcome is None:
-                ended = child.poll() is not None  # asked first: what it sent before its end is still read below
-                for key, _ in selector.select(0 if ended else min(0.25, max(0.0, deadline - time.monotonic()))):
-                    if key.fileobj is output:
-                        with contextlib.suppress(BlockingIOError):  # the candidate can read its pipe empty again
-                            log.write(data := os.read(output, 2**16))
-                            if not data:
-                                selector.unregister(output)
-                        continue
-                    message, now = read_message(channel), time.monotonic()
-                    if begun is None and "refused" in message:
-                        outcome, reason = "invalid", str(message["refused"])
-                    elif begun is None and "begin" in message:
-                        at_begin()
-                        try:
-                            socket.send_fds(channel, [b"."], [rows])
-                        except OSError as error:  # its end is closed or full; the channel does not block
-                            outcome, reason = "crash", f"it did not take the training rows: {error.strerror}"
-                        begun = time.monotonic()
-                        deadline = begun + task.time_budget + task.grace
-                    elif begun and "log" in message and metrics.tell() < LOG_LIMIT:
-                        values = {"seconds": round(now - begun, 3), **numbers(message["log"])}
-                        with contextlib.suppress(OSError):
-                            print(json.dumps(values), file=metrics, flush=True)
-                    elif begun and "submit" in message:
-                        outcome, report = "ok", message["submit"] if isinstance(message["submit"], dict) else {}
-                now = time.monotonic()
-                if now > deadline:
-                    outcome = "timeout"
-                    phase = "before begin()" if begun is None else "between begin() and submit()"
-                    reason = f"no end after {now - (begun or started):.0f} s {phase}"
-                elif outcome is None and ended:
-                    outcome, reason = "crash", exit_reason(child.returncode)
-                elif outcome is None and now > next_look:
-                    next_look = now + 1
-                    memory, reason = overdrawn(examiner, out, free_at_start)
-                    peak, outcome = max(peak, memory), "crash" if reason else None
-        finally:
-            end = time.monotonic()
-            end_processes(keep=examiner)
+            data, message = self.channel.recv(2**16), {}
+        except OSError:
+            return True
+        with contextlib.suppress(ValueError, RecursionError):
+            message = json.loads(data)
+        if not isinstance(message, dict):
+            message = {}
+        if self.begun is None and "refused" in message:
+            self.outcome, self.reason = "invalid", str(message["refused"])
+        elif self.begun is None and "begin" in message:
+            at_begin()
+            self.start_clock(rows)
+        elif self.begun and "log" in message and metrics.tell() < LOG_LIMIT:
+            values = {"seconds": round(now - self.begun, 3), **numbers(message["log"])}
             with contextlib.suppress(OSError):
-                while data := os.read(output, 2**16):
-                    log.write(data)
-    if outcome == "crash":
-        lines = (out / "log.txt").read_text(errors="replace").strip().splitlines()
-        reason = f"{reason}: {lines[-1].strip()[:300]}" if lines else reason
-    return {
-        "outcome": outcome,
-        "reason": reason and one_line(reason, 2500),
-        "startup_seconds": round((begun or end) - started, 3),
-        "training_seconds": round(end - begun, 3) if begun else 0.0,
-        "peak_rss_mb": round(peak / 2**20, 1),
-        **numbers({key: report.get(key) for key in ("steps", "tokens", "params", "peak_vram_mb")}),
-    }
+                print(json.dumps(values), file=metrics, flush=True)
+        elif self.begun and "submit" in message:
+            self.outcome = "ok"
+            self.report = message["submit"] if isinstance(message["submit"], dict) else {}
+        return bool(data)
+
+    def start_clock(self, rows):
+        """Hand over the training rows; the clock is read before anything that a candidate could delay."""
+        self.cpu_at_begin = cpu_reaped() + cpu_seconds(descendants(self.examiner))
+        self.begun = time.monotonic()
+        self.deadline = self.begun + self.task.time_budget + self.task.grace
+        try:
+            socket.send_fds(self.channel, [b"."], [rows])
+        except OSError as error:  # its end is closed or full; the channel does not block
+            self.outcome, self.reason = "crash", f"it did not take the training rows: {error.strerror}"
+
+    def look(self, code):
+        """Enforce the limits; code: with which the candidate had ended before its messages were read, or None."""
+        now = time.monotonic()
+        if now > self.deadline:
+            phase = "before begin()" if self.begun is None else "between begin() and submit()"
+            self.outcome, self.reason = "timeout", f"no end after {now - (self.begun or self.started):.0f} s {phase}"
+        elif code is not None:
+            self.outcome, self.reason = "crash", exit_reason(code)
+        elif now > self.next_look:
+            self.next_look = now + 1
+            self.reason = self.overdrawn()
+            self.outcome = "crash" if self.reason else None
+
+    def overdrawn(self):
+        """The limit of the machine that the candidate has exceeded, in words; None where it has not."""
+        import psutil
+
+        processes, memory, disk = descendants(self.examiner), 0, os.statvfs(self.out)
+        if len(processes) > PROCESS_LIMIT:
+            return f"it ran more than {PROCESS_LIMIT} processes"
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                memory += process.memory_info().rss
+        self.peak = max(self.peak, memory)
+        if memory > MEMORY_SHARE * psutil.virtual_memory().total:
+            return f"it took {memory / 2**30:.0f} GB of memory"
+        if disk.f_bavail * disk.f_frsize < self.disk_floor or disk.f_favail < self.inode_floor:
+            return "it filled the disk"
+        return None
+
+    def facts(self):
+        """The first part of result.json."""
+        training = self.ended - self.begun if self.begun else 0.0
+        cpu, cores = cpu_reaped() - self.cpu_at_begin if self.begun else 0.0, len(os.sched_getaffinity(0))
+        if self.outcome == "ok" and training > self.task.time_budget + self.task.grace:
+            self.outcome, self.reason = "timeout", f"its submission was complete after {training:.1f} s"
+        elif self.outcome == "ok" and cpu > 1.1 * cores * training + 2:  # the second witness of the time
+            self.outcome = "invalid"
+            self.reason = f"its clock cannot be right: {cpu:.0f} s of CPU time in {training:.1f} s on {cores} cores"
+        elif self.outcome == "crash":
+            self.reason = f"{self.reason}{last_words((self.out / 'log.txt').read_text(errors='replace'))}"
+        return {
+            "outcome": self.outcome,
+            "reason": self.reason and one_line(self.reason, 2500),
+            "startup_seconds": round((self.begun or self.ended) - self.started, 3),
+            "training_seconds": round(training, 3),
+            "cpu_seconds": round(cpu, 3),
+            "peak_rss_mb": round(self.peak / 2**20, 1),
+            **numbers({key: self.report.get(key) for key in ("steps", "tokens", "params", "peak_vram_mb")}),
+        }
+
+
+def cpu_seconds(processes):
+    """CPU seconds that psutil Processes, and those that they have reaped, have used."""
+    import psutil
+
+    total = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            total += sum(process.cpu_times()[:4])
+    return total
+
+
+def cpu_reaped():
+    """CPU seconds of all processes that this one has reaped, and that those have reaped, by the kernel's account."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def one_line(text, limit):
@@ -1445,6 +1660,23 @@ def one_line(text, limit):
 def exit_reason(code):
     """A process's return code in words."""
     return f"exit code {code}, without submit()" if code >= 0 else f"killed: {signal.strsignal(-code) or -code}"
+
+
+EXCEPTION = re.compile(r"(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Iteration|Unsupported|Refused)\b.*")
+
+
+def last_words(log):
+    """ ": " and the line of a log that tells why its program ended; "" for an empty one.
+
+    After a traceback that is the line which names the exception: advice and complaints about leaks may follow it.
+    """
+    lines = [line.strip() for line in log.strip().splitlines()] or [""]
+    last = lines[-1]
+    *_, traced = log.rpartition("Traceback (most recent call last):")
+    named = [line for line in traced.splitlines() if EXCEPTION.match(line)]
+    if traced is not log and named and not last.startswith("train.py: "):
+        last = named[-1].strip()
+    return f": {last[:300]}" if last else ""
 
 
 def take_submission(room, out):
@@ -1461,12 +1693,17 @@ def take_submission(room, out):
 
 
 def copy_folder(source, target, rules):
-    """Copy a folder that a candidate has filled, links as links, under sandbox `rules`. A failed copy is removed."""
+    """Copy a folder that a candidate has filled, links as links, under sandbox `rules`.
+
+    A copy that fails or is larger than COMPILED_LIMIT is removed: a trial can do without.
+    """
     command = ["timeout", "-s", "KILL", str(COPY_LIMIT), "cp", "-RPT", "--", source, target]
     try:
         target.mkdir()
         failed = start_confined(command, rules, stderr=subprocess.DEVNULL).wait()
-    except OSError:  # a full disk; a trial can do without
+        size = subprocess.run(["du", "-sb", "--", target], capture_output=True, text=True).stdout.split()
+        failed = failed or not size or int(size[0]) > COMPILED_LIMIT
+    except OSError:  # a full disk
         failed = True
     if failed:
         remove(target)
@@ -1474,16 +1711,29 @@ def copy_folder(source, target, rules):
         target.rmdir()  # where nothing was compiled, torch may leave an empty folder
 
 
-def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
-    """Run the candidate `train_py` once in the folder `out` and score it; returns what it writes to out/result.json.
+def move_compiled(folder, old, new):
+    """Have Triton find its kernels in a compile cache that was copied: it lists them by absolute paths.
 
-    beat: val_bpb below which the score matters, so that the exam looks closer (None: always). flops: what the candidate
-    is told by machine_flops(). warm: `out` of an earlier run, with whose compiled code this one starts. Raises Trouble
-    or OSError, with nothing started, where data or disk are not fit.
+    old, new: the room in which the cache was filled, and the one that it serves. Links are not followed.
     """
-    folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
-    train_py, room, compiled = Path(train_py).resolve(), out / "room", out / "compiled"
-    source = train_py.read_bytes()
+    for where, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith("__grp__") and name.endswith(".json"):
+                with contextlib.suppress(OSError):
+                    descriptor = os.open(os.path.join(where, name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                    with open(descriptor, "r+b") as file:
+                        content = file.read(2**20).replace(os.fsencode(old) + b"/", os.fsencode(new) + b"/")
+                        file.seek(0)
+                        file.truncate()
+                        file.write(content)
+
+
+def lay_out_room(out, source, warm):
+    """Make the folder that a candidate runs in: train.py (`source`, bytes), prepare.py, and what `warm` had compiled.
+
+    Raises Pause where the disk is full.
+    """
+    room = out / "room"
     remove(room)
     room.mkdir(parents=True)
     for stale in ("result.json", "model.safetensors"):
@@ -1492,58 +1742,83 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     shutil.copyfile(__file__, room / "prepare.py")
     if shutil.disk_usage(out).free < 2 * DISK_RESERVE:
         raise Pause(f"the disk that holds {out} is full; a trial needs {2 * DISK_RESERVE / 2**30:.1f} GB")
-
-    level = sandbox_level() if sandbox else "none"
-    hidden = read_meta(task).get("hidden_folders", [])
-    rules = None if level == "none" else sandbox_rules([], [room], hidden)
     if warm and (warm / "compiled").is_dir():
         copy_folder(warm / "compiled", room / "compiled", None)
+        move_compiled(room / "compiled", warm / "room", room)
+    return room
+
+
+def start_candidate(room, rules, task, seed, flops):
+    """Start the train.py of a room: (its Popen, our end of the channel to it, descriptor of what it prints)."""
+    # Messages stay whole, and the end of one side is seen by the other.
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    output, child_output = os.pipe()
+    told = {"task": dataclasses.asdict(task), "seed": seed, "flops": flops, "fd": theirs.fileno()}
+    told["device"] = "cuda" if has_gpu() else "cpu"
+    settings = environment(
+        AUTORESEARCH_TRIAL=json.dumps(told),
+        HOME=str(room),
+        TMPDIR=str(room),
+        TORCHINDUCTOR_CACHE_DIR=str(room / "compiled"),
+        TRITON_CACHE_DIR=str(room / "compiled" / "triton"),
+        TORCHINDUCTOR_COMPILE_THREADS="1",  # its worker pool would need the machine's shared memory
+        PYTHONUNBUFFERED="1",
+        PYTHONDONTWRITEBYTECODE="1",
+    )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": child_output, "stderr": child_output}
+    command, passed = [sys.executable, "train.py"], [theirs.fileno()]
+    try:
+        child = start_confined(command, rules, cwd=room, env=settings, pass_fds=passed, **streams)
+    finally:
+        os.close(child_output)
+        theirs.close()
+    ours.setblocking(False)
+    os.set_blocking(output, False)
+    return child, ours, output
+
+
+def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
+    """Run the candidate `train_py` once in the folder `out` and score it; returns what it writes to out/result.json.
+
+    beat: val_bpb below which the score matters, so that the exam looks closer (None: always). flops: what the candidate
+    is told by machine_flops(). warm: `out` of an earlier run, with whose compiled code this one starts. Raises Trouble
+    or OSError, with nothing started, where data or disk are not fit, and Pause where the machine is at fault.
+    """
+    folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
+    source = Path(train_py).resolve().read_bytes()
+    level = sandbox_level() if sandbox else "none"
+    hidden = read_meta(task).get("hidden_folders", [])
+    compiled = out / "compiled"
+
+    def rules(readable, writable):
+        return None if level == "none" else sandbox_rules(readable, writable, hidden)
 
     def keep_compiled():
         # A compile cache is a folder of code, in which trained weights could travel as well: so it is copied before the
         # candidate has seen any text, and not at all where text can be read without being handed out.
         remove(compiled)
         if (room / "compiled").exists() and not hidden:
-            reads = None if level == "none" else sandbox_rules([room], [compiled], hidden)
-            copy_folder(room / "compiled", compiled, reads)
+            copy_folder(room / "compiled", compiled, rules([room], [compiled]))
 
-    examiner = start_examiner(None if level == "none" else sandbox_rules([out, folder, __file__], [], []))
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    output, child_output = os.pipe()
-    told = {"task": dataclasses.asdict(task), "seed": seed, "flops": flops, "fd": theirs.fileno()}
-    environment = {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)} | {
-        "AUTORESEARCH_TRIAL": json.dumps(told),
-        "HOME": str(room),
-        "TMPDIR": str(room),
-        "TORCHINDUCTOR_CACHE_DIR": str(room / "compiled"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its worker pool would need the machine's shared memory
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    ours.setblocking(False)
-    os.set_blocking(output, False)
-    rows = os.open(folder / "train.bin", os.O_RDONLY)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": child_output, "stderr": child_output}
-        command, passed = [sys.executable, "train.py"], [theirs.fileno()]
-        child = start_confined(command, rules, cwd=room, env=environment, pass_fds=passed, **streams)
-        os.close(child_output)
-        theirs.close()
-        result = supervise(child, examiner, ours, output, rows, task, out, keep_compiled)
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove, out / "room")
+        room = lay_out_room(out, source, warm)
+        examiner = stack.enter_context(Examiner(rules([out, __file__], [])))
+        rows = stack.enter_context(open(folder / "train.bin", "rb"))
+        stack.callback(end_processes)
+        child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops)
+        stack.callback(os.close, output)
+        watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out)
+        watch.run(rows.fileno(), keep_compiled)
+        result = watch.facts()
         submission = None
         if result["outcome"] == "ok":
             try:
                 submission = take_submission(room, out)
             except Refused as refusal:
                 result |= {"outcome": "invalid", "reason": str(refusal)}
-        result |= finish_examiner(examiner, submission, task, verify(task), beat)
-    finally:
-        end_processes()
-        os.close(output)
-        os.close(rows)
-        ours.close()
-        remove(room)
+        result |= finish_exam(examiner, submission, task, verify(task), beat)
     result |= {
         "total_seconds": round(time.monotonic() - begun, 3),
         "task": task.name,
@@ -1592,101 +1867,284 @@ def print_summary(result):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The exam: a fresh, isolated interpreter scores the sealed model
+# The exam: readers, each a fresh process, answer questions about the sealed model; the proctor, which never runs it,
+# puts the questions, adds up and judges
+#
+# A reader is forked for one question from an isolated interpreter that has done nothing but import torch. It sees every
+# row at most once, either as it is or with its end replaced, and learns the targets of a batch when it has computed its
+# logits. So there is nothing that it could remember, and nothing in its memory that could give a target away.
 
 
-def start_examiner(rules):
-    """Start the examiner early: it imports torch while the candidate starts up, then waits for a submission."""
-    command = [sys.executable, "-I", str(Path(__file__).resolve()), "_exam"]
-    pipe = subprocess.PIPE
-    return start_confined(command, rules, cwd="/", stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace")
+class Examiner:
+    """The isolated interpreter that readers are forked from: it imports torch while the candidate starts up."""
 
+    def __init__(self, rules):
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")
+        command = [sys.executable, "-I", str(Path(__file__).resolve()), "_exam", str(theirs.fileno())]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self.errors}
+        with theirs:
+            passed = [theirs.fileno()]
+            self.process = start_confined(command, rules, cwd="/", env=environment(), pass_fds=passed, **streams)
 
-def finish_examiner(examiner, path, task, folder, beat):
-    """Have the examiner score the submission at `path`, if there is one, and look at the machine.
+    def __enter__(self):
+        return self
 
-    Returns device, matmul_flops, and what examine() says; outcome and reason where the exam fails.
-    """
-    request = {"path": path and str(path), "task": dataclasses.asdict(task), "folder": str(folder), "beat": beat}
-    errors = ""
-    try:
-        answer, errors = examiner.communicate(json.dumps(request) + "\n", timeout=task.exam_limit)
-        return json.loads(answer)
-    except subprocess.TimeoutExpired:
-        examiner.kill()
-        return {"outcome": "invalid", "reason": f"the exam took longer than {task.exam_limit:.0f} s"}
-    except (ValueError, OSError):
-        last = (errors.strip().splitlines() or [exit_reason(examiner.wait())])[-1]
-        if not path:
-            return {}
-        return {"outcome": "invalid", "reason": f"the sealed model broke the exam: {one_line(last, 300)}"}
+    def __exit__(self, *_):
+        self.channel.close()
+        kill_group(self.process)
+        self.process.wait()
+        self.errors.close()
 
+    @contextlib.contextmanager
+    def ask(self, question, deadline):
+        """A Reader for `question`, a JSON value; one at a time. Its process has ended when the context is left.
 
-def exam():
-    """The examiner's life: read one request from standard input, answer it on standard output."""
-    import torch  # noqa: F401 - imported before the request comes, while the candidate starts up
-
-    request = json.loads(sys.stdin.readline() or "null")
-    if request:
-        task, folder = Task(**request["task"]), Path(request["folder"])
-        answer = measure_flops(0.2)  # right after the training: is the machine as fast as it was, and is the GPU there?
+        Raises Refused where the reader refuses the model or dies of it, Pause where the examiner is gone, and
+        TimeoutError at `deadline` (time.monotonic()).
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        dead = False
+        with theirs:
+            with contextlib.suppress(OSError):  # an examiner that is gone is found below
+                socket.send_fds(self.channel, [json.dumps(question).encode()], [theirs.fileno()])
         try:
-            if request["path"]:
-                answer |= examine(request["path"], task, folder, request["beat"])
-        except Refused as refusal:
-            answer |= {"outcome": "invalid", "reason": one_line(refusal, 2500)}
-        print(json.dumps(answer))
+            yield Reader(ours, deadline)
+        except EOFError:
+            dead = True
+        finally:
+            ours.close()
+            code = self.reader_ended(deadline)
+        if dead:
+            raise Refused(f"the sealed model broke the exam: {self.last_error(code)}")
+
+    def reader_ended(self, deadline):
+        """Wait for the end of the present reader and return its exit code."""
+        self.channel.settimeout(max(1e-3, deadline - time.monotonic()))
+        try:
+            code = self.channel.recv(64)
+        except ConnectionError:
+            code = b""
+        if not code:
+            raise Pause(f"the examiner is gone: {self.last_error(self.process.wait())}")
+        return int(code)
+
+    def last_error(self, code):
+        """The last that the examiner has printed, else its return code in words."""
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines()
+        return one_line(lines[-1], 300) if lines and code >= 0 else exit_reason(code)
+
+
+class Reader:
+    """Our end of the conversation with a reader: a byte says what follows, see `answer`."""
+
+    def __init__(self, channel, deadline):
+        self.channel, self.deadline = channel, deadline
+
+    def receive(self, size):
+        """The next `size` bytes. Raises EOFError where the reader is dead."""
+        received = bytearray(size)
+        place = 0
+        while place < size:
+            self.channel.settimeout(max(1e-3, self.deadline - time.monotonic()))
+            try:
+                count = self.channel.recv_into(memoryview(received)[place:])
+            except ConnectionError:
+                count = 0
+            if not count:
+                raise EOFError
+            place += count
+        return received
+
+    def send(self, data):
+        self.channel.settimeout(max(1e-3, self.deadline - time.monotonic()))
+        with contextlib.suppress(ConnectionError):  # what follows is the reader's last word, or its end
+            self.channel.sendall(data)
+
+    def expect(self, kind):
+        """Take the byte that announces `kind`; raises Refused with the reader's words where it is another."""
+        said = self.receive(1)
+        if said == kind:
+            return
+        words = self.receive(int.from_bytes(self.receive(4), "little") % 2**16)
+        raise Refused(one_line(words.decode(errors="replace"), 2500))
+
+    def speed(self):
+        """{device, matmul_flops} of a reader that was asked for no model; raises Pause where the device is at fault."""
+        try:
+            self.expect(SPEED)
+        except Refused as fault:
+            raise Pause(str(fault)) from None
+        return json.loads(self.receive(int.from_bytes(self.receive(4), "little")))
+
+    def losses(self, tokens, targets):
+        """float32 nats [B, T] that the model takes for each of `targets` after `tokens`, both uint16 [B, T]."""
+        self.send(tokens.tobytes())
+        self.expect(READY)
+        self.send(targets.tobytes())
+        self.expect(LOSSES)
+        losses = np.frombuffer(self.receive(4 * targets.size), dtype=np.float32).reshape(targets.shape)
+        if not losses.min() >= -1e-3:  # NaN as well
+            raise Refused("the exam of the sealed model gave losses that are no losses")
+        return losses
+
+
+READY, LOSSES, SPEED, REFUSED = b"k", b"l", b"s", b"r"
+
+
+def exam(descriptor):
+    """The examiner's life: fork a reader for each question that comes through the socket `descriptor`."""
+    import torch  # noqa: F401 - imported before a question comes, while the candidate starts up
+
+    channel = socket.socket(fileno=descriptor)
+    while True:
+        question, descriptors, _, _ = socket.recv_fds(channel, 2**16, 1)
+        if not question:
+            return
+        if not (reader := os.fork()):
+            channel.close()
+            answer(json.loads(question), socket.socket(fileno=descriptors[0]))
+            os._exit(0)
+        os.close(descriptors[0])
+        _, status = os.waitpid(reader, 0)
+        channel.send(b"%d" % os.waitstatus_to_exitcode(status))
 
 
 # What the operators of a sealed model raise; anything else is a fault of ours.
 MODEL_FAULTS = (RuntimeError, TypeError, LookupError, ArithmeticError, ValueError, AttributeError, MemoryError)
 
 
-def examine(path, task, folder, beat=None):
-    """Score the sealed model at `path` on the validation rows: {outcome, val_bpb, eval_seconds, leak, noise}.
+def answer(question, channel):
+    """A reader's life: {"device"} alone asks how fast it is; with "path", "task", "batch" for the losses of a model."""
+    import torch
 
-    val_bpb = nats / ln 2 / UTF-8 bytes, over all targets but BOS. Three batches of eight are probed for causality, and
-    where the score is below `beat` (None: always) every row is, twice. Raises Refused for a model that looks
-    ahead, is not deterministic, or returns anything but finite logits [B, T, V].
-    """
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    filter_system_calls(READER_CALLS, SOME_READER_CALLS)
+    LIBC.mallopt(M_PERTURB, 1 + os.urandom(1)[0] % 255)  # memory that was not written differs from reader to reader
+    device, said = question["device"], REFUSED
+    try:
+        if "path" in question:
+            read_rows(question, Task(**question["task"]), channel.makefile("rwb"))
+            return
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"torch {torch.__version__} does not see it")
+        said, words = SPEED, json.dumps(measure_flops(0.2))
+    except BrokenPipeError:  # the proctor has seen enough
+        return
+    except Refused as refusal:
+        words = str(refusal)
+    except MODEL_FAULTS as error:
+        blamed = "sealed model fails on the validation rows" if "path" in question else f"device {device} has failed"
+        words = f"the {blamed}: {one_line(error, 300)}"
+    data = words.encode(errors="replace")[: 2**15]
+    channel.sendall(said + len(data).to_bytes(4, "little") + data)
+
+
+def read_rows(question, task, file):
+    """Answer with the losses of the model at question["path"], batch after batch, until the proctor closes `file`."""
     import torch
     import torch.nn.functional as F
 
-    started = time.monotonic()
-    program, forward = load_sealed(path, task)
-    device, batch = program["device"], program["batch"]
-    rows = np.fromfile(folder / "val.bin", dtype=np.uint16).reshape(-1, task.seq_len + 1)
-    batches = torch.from_numpy(rows.astype(np.int64)).split(batch)
-    lengths = torch.from_numpy(token_bytes(load_tokens(folder))).to(device)
-    probed = set(np.random.default_rng().permutation(len(batches))[: max(1, min(3 * len(batches) // 8, 1024 // batch))])
-    nats, size, moved, noise = 0.0, 0, 0.0, 0.0
+    program, forward = load_sealed(question["path"], task)
+    device, shape = question["device"], (question["batch"], task.seq_len)
+    if (program["device"], program["batch"]) != (device, shape[0]):
+        raise Refused(f"the model was sealed for batches of {program['batch']!r} rows on {program['device']!r}")
+
+    def receive():
+        data = np.frombuffer(file.read(2 * shape[0] * shape[1]), dtype=np.uint16)
+        return torch.from_numpy(data.astype(np.int64)).view(shape).to(device) if data.size else None
+
     with torch.inference_mode():
-        try:
-            for index, chunk in enumerate(batches):
-                # Copies of their own: a view would let a program reach the targets in the same memory.
-                tokens, targets = chunk[:, :-1].clone().to(device), chunk[:, 1:].flatten().to(device)
-                logits = compute_logits(forward, tokens, task)
-                losses, spans = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none"), lengths[targets]
-                nats += losses[spans > 0].double().sum().item()
-                size += spans.sum().item()
-                if index == min(probed):
-                    noise = (compute_logits(forward, tokens, task) - logits).abs().max().item()
-                for _ in range(2 if beat is None else index in probed):
-                    moved = max(moved, leak(forward, tokens, logits, task))
-            val_bpb = nats / math.log(2) / size
-            if beat is not None and val_bpb < beat:
-                for chunk in batches:
-                    tokens = chunk[:, :-1].clone().to(device)
-                    logits = compute_logits(forward, tokens, task)
-                    moved = max(moved, *(leak(forward, tokens, logits, task) for _ in range(2)))
-        except MODEL_FAULTS as error:
-            raise Refused(f"the sealed model fails on the validation rows: {str(error)[:300]}") from None
-    if not noise <= LEAK_TOLERANCE:
-        raise Refused(f"the model is not deterministic: the same tokens gave logits that differ by {noise:.2g}")
-    if not moved <= LEAK_TOLERANCE:
-        raise Refused(f"the model is not causal: tokens that come later moved earlier logits by {moved:.2g}")
+        while (tokens := receive()) is not None:
+            logits = compute_logits(forward, tokens, task)
+            file.write(READY)
+            file.flush()
+            targets = receive()
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            file.write(LOSSES + losses.cpu().numpy().tobytes())
+            file.flush()
+            del tokens, logits, targets, losses
+
+
+def finish_exam(examiner, path, task, folder, beat):
+    """Have the submission at `path` scored, if there is one, and look at the machine: {device, matmul_flops, ...}.
+
+    Right after the training: is the machine as fast as it was, and is the GPU still there? With outcome and reason
+    where the exam fails; raises Pause where the device does.
+    """
+    deadline, facts = time.monotonic() + task.exam_limit, {}
+    speed = {"device": "cuda" if has_gpu() else "cpu"}
+    try:
+        with examiner.ask(speed, deadline) as reader:
+            facts = reader.speed()
+        if path:
+            facts |= examine(path, task, folder, beat, examiner, deadline)
+    except TimeoutError:
+        facts |= {"outcome": "invalid", "reason": f"the exam took longer than {task.exam_limit:.0f} s"}
+    except Refused as refusal:
+        if has_gpu():  # a device that fails in mid-exam takes a model's words
+            with examiner.ask(speed, deadline + task.exam_limit) as reader:
+                reader.speed()
+        facts |= {"outcome": "invalid", "reason": one_line(refusal, 2500)}
+    return facts
+
+
+def examine(path, task, folder, beat=None, examiner=None, deadline=None):
+    """Score the sealed model at `path` on the validation rows: {outcome, val_bpb, eval_seconds, leak}.
+
+    val_bpb = nats / ln 2 / UTF-8 bytes, over all targets but BOS. First, three batches of eight are probed for
+    causality; where the score is below `beat` (None: always) every row is, twice. Raises Refused for a model that looks
+    ahead, is not deterministic, or returns anything but finite logits [B, T, V], TimeoutError at `deadline`.
+    """
+    if examiner is None:
+        with Examiner(None) as examiner:
+            return examine(path, task, folder, beat, examiner, deadline)
+    deadline = deadline or time.monotonic() + task.exam_limit
+    started, device = time.monotonic(), "cuda" if has_gpu() else "cpu"
+    batch = exam_batch(task, device)
+    rows = np.fromfile(folder / "val.bin", dtype=np.uint16).reshape(-1, batch, task.seq_len + 1)
+    question = {"path": str(path), "task": dataclasses.asdict(task), "batch": batch, "device": device}
+
+    def read(tokens, chosen):
+        """{batch: losses} of a reader of its own, which is shown `tokens` [batches, B, T] and the true targets."""
+        with examiner.ask(question, deadline) as reader:
+            return {index: reader.losses(tokens[index], rows[index, :, 1:]) for index in chosen}
+
+    def probe(chosen):
+        """([batches, B] cuts, {batch: losses}) of a reader that sees rows whose tokens after a cut are replaced.
+
+        A cut of T leaves its row as it is: what could move its last loss is in other rows.
+        """
+        chance = np.random.default_rng()  # seeded by the system's entropy, which no submission can foresee
+        cuts = chance.integers(1, task.seq_len + 1, rows.shape[:2])
+        replaced = chance.integers(task.vocab_size, size=rows[..., :-1].shape, dtype=np.uint16)
+        late = np.arange(task.seq_len) >= cuts[..., None]
+        return cuts, read(np.where(late, replaced, rows[..., :-1]), chosen)
+
+    def moved(losses, cuts, probed):
+        """Largest change of a loss before its row's cut, from reader to reader."""
+        early = {index: np.arange(task.seq_len) < cuts[index, :, None] for index in probed}
+        return max(float(np.abs(probed[index] - losses[index])[early[index]].max()) for index in probed)
+
+    count = max(1, min(3 * len(rows) // 8, 1024 // batch))
+    sample = probe(sorted(np.random.default_rng().permutation(len(rows))[:count].tolist()))
+    losses = read(rows[..., :-1], range(len(rows)))
+    spans = token_bytes(load_tokens(folder))[rows[..., 1:]]
+    nats = sum(float(losses[index][spans[index] > 0].sum(dtype=np.float64)) for index in losses)
+    val_bpb = nats / math.log(2) / int(spans.sum())
+    leak = moved(losses, *sample)
+    for _ in range(2 if beat is None or val_bpb < beat else 0):
+        leak = max(leak, moved(losses, *probe(range(len(rows)))))
+    if not leak <= LEAK_TOLERANCE:
+        again = read(rows[..., :-1], range(1))
+        noise = float(np.abs(again[0] - losses[0]).max())
+        if not noise <= LEAK_TOLERANCE:
+            raise Refused(f"the model is not deterministic: the same tokens gave losses that differ by {noise:.2g}")
+        raise Refused(f"the model is not causal: tokens that come later moved the losses of earlier ones by {leak:.2g}")
     seconds = round(time.monotonic() - started, 3)
-    return {"outcome": "ok", "val_bpb": val_bpb, "eval_seconds": seconds, "leak": moved, "noise": noise}
+    return {"outcome": "ok", "val_bpb": val_bpb, "eval_seconds": seconds, "leak": leak}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1820,7 +2278,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["_exam"]:
-        exam()
+    if sys.argv[1:2] == ["_exam"]:
+        exam(int(sys.argv[2]))
     else:
         sys.exit(main())
