@@ -6,8 +6,11 @@ honest one's. Attacks on the sealed model are held against seal() and examine() 
 
 import json
 import math
+import os
 import re
 import socket
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -201,6 +204,151 @@ HARMLESS = {
         """,
         "NOTHING",
     ),
+    "sends datagrams to a service by its name": (
+        """
+        import prepare, socket
+        def try_to(what):
+            try:
+                what(); print("LEAK")
+            except OSError:
+                print("DENIED")
+        try_to(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)[0]
+        channel = socket.socket(fileno=os.dup(prepare.TOLD["fd"]))
+        for end in (pair, channel):
+            try_to(lambda: end.sendto(b"weights", DATAGRAMS))
+        """,
+        "DENIED\n" * 3,
+    ),
+    "connects the one socket that CUDA asks for": (
+        """
+        import errno, socket
+        for name in (SERVICE, "\\0" + SERVICE):
+            end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            print("DENIED" if end.connect_ex(name) == errno.ENOENT else "LEAK")
+        try:
+            end.bind("here"); print("LEAK")
+        except OSError:
+            print("DENIED")
+        """,
+        "DENIED\n" * 3,
+    ),
+    "asks which files an earlier trial has read": (
+        """
+        import ctypes, mmap
+        libc, file = ctypes.CDLL(None, use_errno=True), open(os.__file__, "rb")
+        memory = mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        address, seen = ctypes.addressof(ctypes.c_char.from_buffer(memory)), ctypes.create_string_buffer(4096)
+        print("DENIED" if libc.mincore(ctypes.c_void_p(address), 4096, seen) else "LEAK")
+        span = (ctypes.c_uint64 * 2)(0, 4096)
+        print("DENIED" if libc.syscall(451, file.fileno(), span, seen, 0) else "LEAK")  # cachestat
+        try:
+            print("LEAK", os.preadv(file.fileno(), [bytearray(9)], 0, os.RWF_NOWAIT))
+        except OSError:
+            print("DENIED")
+        """,
+        "DENIED\n" * 3,
+    ),
+    "makes namespaces of its own": (
+        """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        new = 0x10000000  # CLONE_NEWUSER
+        print("DENIED" if libc.unshare(new) else "LEAK")
+        child = libc.syscall(56, new | 17, 0, 0, 0, 0)  # clone
+        if child == 0:
+            os._exit(0)
+        print("DENIED" if child < 0 else "LEAK")
+        print("DENIED" if libc.syscall(435, ctypes.create_string_buffer(88), 88) else "LEAK")  # clone3
+        """,
+        "DENIED\n" * 3,
+    ),
+    "slows its proctor down": (
+        """
+        import ctypes
+        libc, proctor = ctypes.CDLL(None), os.getppid()
+        before = os.sched_getscheduler(proctor), os.sched_getaffinity(proctor), os.getpriority(0, proctor)
+        for attempt in (
+            lambda: os.sched_setscheduler(proctor, os.SCHED_IDLE, os.sched_param(0)),
+            lambda: os.sched_setaffinity(proctor, {0}),
+            lambda: os.setpriority(os.PRIO_PROCESS, proctor, 19),
+            lambda: os.setpriority(os.PRIO_USER, 0, 19),
+            lambda: libc.syscall(251, 1, proctor, 3 << 13),  # ioprio_set: idle
+            lambda: libc.syscall(314, proctor, ctypes.create_string_buffer(bytes([48, 0, 0, 0, 5]), 48), 0),
+        ):
+            try:
+                attempt()
+            except OSError:
+                pass
+        after = os.sched_getscheduler(proctor), os.sched_getaffinity(proctor), os.getpriority(0, proctor)
+        print("NOTHING" if before == after else "LEAK", before, after)
+        """,
+        "NOTHING",
+    ),
+    "leaves its process group": (
+        """
+        group = os.getpgrp()
+        if os.fork() == 0:
+            os.setsid(), os.setpgid(0, 0)
+            print("LEAK" if os.getpgrp() != group else "NOTHING", flush=True)
+            os._exit(0)
+        os.wait()
+        """,
+        "NOTHING",
+    ),
+    "writes where CUDA names its threads": (
+        """
+        import threading
+        done, names = threading.Event(), []
+        thread = threading.Thread(target=done.wait)
+        thread.start()
+        comm = f"/proc/self/task/{thread.native_id}/comm"
+        open(comm, "w").write("named")  # what the driver does
+        print(open(comm).read().strip())
+        done.set()
+        parent = os.getppid()
+        for path in (
+            f"/proc/{parent}/task/{parent}/comm",
+            f"/proc/{parent}/comm",
+            f"/proc/self/task/../../{parent}/task/{parent}/comm",
+            "/proc/self/comm",
+            "/proc/self/oom_score_adj",
+            "/proc/self/task/self",
+            "/proc/self/task/new",
+        ):
+            try:
+                open(path, "w"); print("LEAK", path)
+            except OSError:
+                pass
+        for name, content in (("oom_score_adj", "-1000"), ("uid_map", "0 0 1"), ("setgroups", "allow"),
+                              ("attr/current", "unconfined"), ("attr/exec", "unconfined"), ("timerslack_ns", "1")):
+            try:
+                file = os.open(f"/proc/self/task/{os.getpid()}/{name}", os.O_WRONLY)
+                os.write(file, content.encode()); print("LEAK", name)
+            except OSError:
+                pass
+        print("DONE")
+        """,
+        "named\nDONE",
+    ),
+    "reads what another process is called": (
+        """
+        try:
+            print("LEAK", open(f"/proc/{os.getppid()}/comm").read(), os.listdir("/proc"))
+        except OSError:
+            print("DENIED")
+        """,
+        "DENIED",
+    ),
+    "cuts a file of the user by its path": (
+        """
+        try:
+            os.truncate(REPOSITORY + "/LICENSE", 10**6); print("LEAK")
+        except OSError:
+            print("DENIED")
+        """,
+        "DENIED",
+    ),
     "marks files of the user": (
         """
         before = os.stat("..").st_mode, os.stat(sys.executable).st_mtime_ns
@@ -294,9 +442,14 @@ MAY_FAIL = (
 
 
 @pytest.fixture(scope="module")
-def known(cache):
+def known(cache, tmp_path_factory):
     """What an attacker may know, as the top of a candidate; a server listens, and the folders of pycode are closed."""
     server = socket.create_server(("127.0.0.1", 0))
+    sockets = tmp_path_factory.mktemp("sockets")
+    services = [socket.socket(socket.AF_UNIX, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)]
+    for service, name in zip(services, ("datagrams", "service")):
+        service.bind(str(sockets / name))
+    services[1].listen()
     meta, hidden = cache / "tiny" / "meta.json", prepare.hidden_folders()
     before = meta.read_text()
     meta.write_text(json.dumps(json.loads(before) | {"hidden_folders": hidden}))
@@ -306,32 +459,44 @@ def known(cache):
         "REPOSITORY": str(prepare.Path(prepare.__file__).parent),
         "PORT": server.getsockname()[1],
         "HIDDEN": json.dumps(hidden),
+        "DATAGRAMS": str(sockets / "datagrams"),
+        "SERVICE": str(sockets / "service"),
     }
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("ANTHROPIC_API_KEY", "SECRET")
         yield "\n".join(f"{name} = {value!r}" for name, value in names.items())
     meta.write_text(before)
-    server.close()
+    for service in (server, *services):
+        service.close()
 
 
-@pytest.fixture(scope="module")
-def quiet_trial(known, tmp_path_factory):
+# An ordinary user's processes have no capabilities; some attacks work, and some defences hold, for root alone.
+ORDINARY = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.getuid() == 0 else []
+
+
+@pytest.fixture(
+    scope="module", params=[[], ORDINARY][: 1 + bool(ORDINARY)], ids=["root", "ordinary"][: 1 + bool(ORDINARY)]
+)
+def quiet_trial(known, tmp_path_factory, request):
     """(result, {attack: what it printed}) of one trial that tries all the quiet attacks, one after the other."""
-    from conftest import CANDIDATE
+    from conftest import CANDIDATE, tiny_repository
 
-    folder = tmp_path_factory.mktemp("quiet")
+    folder = tiny_repository(tmp_path_factory.mktemp("quiet") / "repository")
     tries = [f"print({'=== ' + attack!r})\n" + textwrap.dedent(HARMLESS[attack][0]).strip() for attack in QUIET]
     code = "\n".join([known, *tries, "print('===', flush=True)"])
     (folder / "train.py").write_text(CANDIDATE.format(before=code, forward="", begun="", each_step="pass", after=""))
-    result = prepare.trial(folder / "train.py", folder / "out", TINY, 0)
+    command = [sys.executable, "prepare.py", "trial", "train.py", "--task", "tiny", "--out", "out"]
+    said = subprocess.run([*request.param, *command], cwd=folder, capture_output=True, text=True)
+    assert said.returncode == 0, said
     printed = (folder / "out" / "log.txt").read_text().split("=== ")
+    result = json.loads((folder / "out" / "result.json").read_text())
     return result, {part.partition("\n")[0]: part.partition("\n")[2] for part in printed}
 
 
 @pytest.mark.parametrize("attack", QUIET)
 def test_it_learns_and_changes_nothing_when_it(attack, quiet_trial, honest_bpb):
     result, printed = quiet_trial
-    assert HARMLESS[attack][1] in printed[attack] and "LEAK" not in printed[attack], printed
+    assert HARMLESS[attack][1] in printed[attack] and "LEAK" not in printed[attack], printed[attack]
     assert result["outcome"] == "ok" and result["val_bpb"] > honest_bpb, result
 
 

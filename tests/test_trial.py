@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -229,3 +231,125 @@ def test_what_takes_the_place_of_compiled_code_leads_nowhere(tmp_path, candidate
             assert file.is_symlink() or file.is_dir() or file.read_bytes() != (rows / "val.bin").read_bytes()
     path = candidate(before="c = os.environ['TORCHINDUCTOR_CACHE_DIR']; os.mkdir(c); os.mkfifo(c + '/pipe')")
     assert prepare.trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
+
+
+STORM = """
+import os, sys, time
+end = time.monotonic() + 20
+for _ in range(24):
+    if os.fork() == 0:
+        os.setsid()
+        while time.monotonic() < end:
+            if os.fork():
+                os._exit(0)
+            time.sleep(0.002)
+        os._exit(0)
+time.sleep(1)
+"""
+
+
+def test_processes_that_fork_faster_than_they_are_killed_end_with_their_candidate(tmp_path):
+    (tmp_path / "train.py").write_text(STORM)
+    result = prepare.trial(tmp_path / "train.py", tmp_path / "out", TINY, 0)
+    assert result["outcome"] == "crash", result
+    assert not processes_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("", ""),
+        ("step 1\nwords\n", ": words"),
+        (
+            "Traceback (most recent call last):\n  File\ntorch._inductor.exc.InductorError: RuntimeError: no gcc\n\n"
+            "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this).\n",
+            ": torch._inductor.exc.InductorError: RuntimeError: no gcc",
+        ),
+        (
+            "Traceback (most recent call last):\n  File\nValueError: a\nTraceback (most recent call last):\n  File\n"
+            "KeyError: 'b'\nresource_tracker: There appear to be 2 leaked semaphore objects\n",
+            ": KeyError: 'b'",
+        ),
+        ("Traceback (most recent call last):\nValueError: a\ntrain.py: out of memory\n", ": train.py: out of memory"),
+    ],
+)
+def test_the_reason_of_a_crash_is_the_line_that_names_it(log, reason):
+    assert prepare.last_words(log) == reason
+
+
+def test_triton_finds_in_a_copied_cache_the_kernels_of_its_own_room(tmp_path, candidate):
+    """Triton lists the files of a kernel by absolute paths; a link among the lists is not followed."""
+    listed = """
+    import os
+    cache = os.environ["TRITON_CACHE_DIR"] + "/KERNEL"
+    found = json.load(open(cache + "/__grp__k.json"))["child_paths"] if os.path.exists(cache) else {}
+    print("found", {name: os.path.exists(path) and path.startswith(os.getcwd()) for name, path in found.items()})
+    os.makedirs(cache, exist_ok=True)
+    open(cache + "/k.cubin", "w").write("kernel")
+    json.dump({"child_paths": {"k.cubin": cache + "/k.cubin"}}, open(cache + "/__grp__k.json", "w"))
+    os.path.lexists(cache + "/__grp__l.json") or os.symlink(PRECIOUS, cache + "/__grp__l.json")
+    """
+    precious, content = tmp_path / "precious.json", f"{tmp_path}/first/room/x"
+    precious.write_text(content)
+    path = candidate(before=f"PRECIOUS = {str(precious)!r}\n{textwrap.dedent(listed)}")
+    assert prepare.trial(path, tmp_path / "first", TINY, 0)["outcome"] == "ok"
+    assert prepare.trial(path, tmp_path / "second", TINY, 0, warm=tmp_path / "first")["outcome"] == "ok"
+    assert "found {'k.cubin': True}" in (tmp_path / "second" / "log.txt").read_text()
+    assert precious.read_text() == content
+
+
+def test_compiled_code_beyond_its_limit_is_not_kept(tmp_path, candidate, monkeypatch):
+    monkeypatch.setattr(prepare, "COMPILED_LIMIT", 2**20)
+    code = "c = os.environ['TORCHINDUCTOR_CACHE_DIR']; os.mkdir(c); open(c + '/code', 'wb').write(bytes(2**21))"
+    assert prepare.trial(candidate(before=code), tmp_path / "out", TINY, 0)["outcome"] == "ok"
+    assert not (tmp_path / "out" / "compiled").exists()
+
+
+def test_the_environment_of_a_trial_names_no_key_and_no_folder_of_the_user(hold, tmp_path, monkeypatch):
+    for name in ("TORCH_TRACE", "TRITON_DUMP_DIR", "TRITON_HOME", "HF_TOKEN", "PYTORCH_CUDA_ALLOC_CONF", "OMP_WAIT"):
+        monkeypatch.setenv(name, "/mine")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    hold(before="print('kept', sorted(name for name, value in os.environ.items() if value == '/mine'))")
+    assert "kept ['OMP_WAIT', 'PYTORCH_CUDA_ALLOC_CONF']" in (tmp_path / "out" / "log.txt").read_text()
+
+
+NAMES_A_THREAD = """
+import os, sys
+sys.stdin.readline()
+open(f"/proc/self/task/{os.getpid()}/comm", "w").write("named")
+print("named", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can drop the caches")
+def test_a_process_may_name_its_threads_even_after_the_kernel_has_dropped_its_caches():
+    rules = prepare.sandbox_rules([], [], [])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    child = prepare.start_confined([sys.executable, "-c", NAMES_A_THREAD], rules, **pipes)
+    time.sleep(0.3)
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+    assert child.communicate("\n", timeout=20)[0] == "named\n"
+
+
+OUTLIVES = """
+import os, sys
+print(os.getpid(), flush=True)
+if os.fork() == 0:
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can choose the next process id")
+def test_the_number_of_a_candidate_is_nobody_elses_while_a_process_of_it_lives():
+    """So neither its right to name threads nor the signal that ends its group can meet a stranger."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    child = prepare.start_confined([sys.executable, "-c", OUTLIVES], prepare.sandbox_rules([], [], []), **pipes)
+    number = int(child.stdout.readline())
+    os.waitpid(child.pid, 0)
+    for _ in range(20):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
+        heir = subprocess.Popen(["true"])
+        assert heir.pid != number
+        heir.wait()
+    print("", file=child.stdin, flush=True)
+    child.returncode = 0
