@@ -18,6 +18,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import prepare  # noqa: E402
 
+# {command to start as that user: its name}. An ordinary user's processes have no capabilities; some attacks work, and
+# some defences hold, for root alone.
+ORDINARY = ("setpriv", "--inh-caps=-all", "--bounding-set=-all")
+USERS = {(): "root", ORDINARY: "ordinary user"} if os.getuid() == 0 else {(): "ordinary user"}
+
 TINY = prepare.Task("tiny", "tiny", 32, 300, 2**13, 0.8, split_long=True)
 
 

@@ -4,19 +4,22 @@ Each attack is a small variant of one candidate; it asserts what became of it, a
 honest one's. Attacks on the sealed model are held against seal() and examine() directly, which saves them a training.
 """
 
+import contextlib
 import json
 import math
-import os
 import re
 import socket
 import subprocess
 import sys
 import textwrap
+import time
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, USERS
 from safetensors.torch import save_file
 from test_trial import processes_in
 from torch import nn
@@ -470,13 +473,7 @@ def known(cache, tmp_path_factory):
         service.close()
 
 
-# An ordinary user's processes have no capabilities; some attacks work, and some defences hold, for root alone.
-ORDINARY = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.getuid() == 0 else []
-
-
-@pytest.fixture(
-    scope="module", params=[[], ORDINARY][: 1 + bool(ORDINARY)], ids=["root", "ordinary"][: 1 + bool(ORDINARY)]
-)
+@pytest.fixture(scope="module", params=USERS, ids=USERS.get)
 def quiet_trial(known, tmp_path_factory, request):
     """(result, {attack: what it printed}) of one trial that tries all the quiet attacks, one after the other."""
     from conftest import CANDIDATE, tiny_repository
@@ -958,3 +955,61 @@ def test_the_score_is_the_nats_of_every_target_but_bos_over_their_bytes(score, c
     tokens = prepare.load_tokens(cache / "tiny")
     size = sum(len(tokens[target]) for target in targets)
     assert score(model) == pytest.approx(len(targets) * math.log2(TINY.vocab_size) / size, rel=1e-5)
+
+
+class Recorder:
+    """An examiner whose readers remember what they were shown, and take these nats for every target."""
+
+    def __init__(self, nats=lambda tokens, targets: np.full(targets.shape, 3, np.float32)):
+        self.nats, self.readers = nats, []
+
+    @contextlib.contextmanager
+    def ask(self, question, deadline):
+        self.readers.append([])
+        yield self
+
+    def losses(self, tokens, targets):
+        self.readers[-1] += zip(tokens.tolist(), targets.tolist())
+        return self.nats(tokens, targets)
+
+
+def test_no_reader_sees_a_row_twice_and_those_that_probe_see_other_ends(cache, monkeypatch):
+    monkeypatch.setattr(prepare, "exam_batch", lambda task, device: 16)
+    recorder = Recorder()
+    prepare.examine("model", TINY, cache / "tiny", None, recorder)
+    sample, plain, *closer = recorder.readers
+    assert 0 < len(sample) < len(plain) == len(closer[0]) == len(closer[1]) == TINY.eval_rows
+    true_rows = {tuple(targets): tokens for tokens, targets in plain}
+    for reader in (sample, *closer):
+        shown = Counter(tuple(targets) for _, targets in reader)
+        assert shown <= Counter(tuple(targets) for _, targets in plain)  # the rows of the tiny task repeat
+        whole = [tokens == true_rows[tuple(targets)] for tokens, targets in reader]
+        assert sum(whole) < len(whole) / 4  # where the cut is at the very end, or few tokens fell out alike
+        assert all(tokens[0] == true_rows[tuple(targets)][0] for tokens, targets in reader)
+
+
+def test_code_that_runs_in_a_reader_could_not_tell_the_end_of_a_row_from_its_beginning(cache):
+    """Losses of zero wherever the next token is seen in the row: right in one reader, given away by another."""
+
+    def nats(tokens, targets):
+        seen = np.roll(tokens, -1, 1) == targets
+        return np.where(seen, 0, 5).astype(np.float32)
+
+    with pytest.raises(prepare.Refused, match="not causal"):
+        prepare.examine("model", TINY, cache / "tiny", None, Recorder(nats))
+
+
+def test_a_score_too_high_to_count_is_probed_in_a_sample_alone(cache):
+    recorder = Recorder()
+    prepare.examine("model", TINY, cache / "tiny", 0.5, recorder)
+    assert len(recorder.readers) == 2
+
+
+@pytest.mark.parametrize("nats", [math.nan, -1.0, -math.inf])
+def test_losses_that_are_none_are_refused(nats, cache):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(prepare.READY + prepare.LOSSES + np.full((2, 3), nats, np.float32).tobytes())
+        with pytest.raises(prepare.Refused, match="no losses"):
+            zeros = np.zeros((2, 3), np.uint16)
+            prepare.Reader(ours, time.monotonic() + 9).losses(zeros, zeros)

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, USERS
 
 import prepare
 
@@ -248,11 +249,14 @@ time.sleep(1)
 """
 
 
-def test_processes_that_fork_faster_than_they_are_killed_end_with_their_candidate(tmp_path):
-    (tmp_path / "train.py").write_text(STORM)
-    result = prepare.trial(tmp_path / "train.py", tmp_path / "out", TINY, 0)
-    assert result["outcome"] == "crash", result
-    assert not processes_in(tmp_path)
+@pytest.mark.parametrize("user", USERS, ids=USERS.get)
+def test_processes_that_fork_faster_than_they_are_killed_end_with_their_candidate(user, repository, run):
+    (repository / "train.py").write_text(STORM)
+    said = run(
+        *user, sys.executable, "prepare.py", "trial", "train.py", "--task", "tiny", "--out", "out", cwd=repository
+    )
+    assert said.returncode == 1 and "outcome:          crash" in said.stdout, said
+    assert not processes_in(repository)
 
 
 @pytest.mark.parametrize(
@@ -353,3 +357,59 @@ def test_the_number_of_a_candidate_is_nobody_elses_while_a_process_of_it_lives()
         heir.wait()
     print("", file=child.stdin, flush=True)
     child.returncode = 0
+
+
+def test_a_proctor_whose_clock_was_held_up_finds_it_out_from_the_cpu_time(hold, monkeypatch):
+    slow = types.SimpleNamespace(**vars(time))
+    slow.monotonic = lambda: time.monotonic() / 20
+    monkeypatch.setattr(prepare, "time", slow)
+    task = dataclasses.replace(TINY, time_budget=9.0)
+    result = hold(task=task, begun="burnt = time.process_time() + 4", each_step="if time.process_time() > burnt: break")
+    assert result["outcome"] == "invalid" and "its clock cannot be right" in result["reason"], result
+
+
+KILLS = """
+import os, signal
+parent = os.getppid()
+for number in (parent, -1, -parent):
+    try:
+        os.kill(number, 0); print("LEAK", number)
+    except OSError:
+        print("DENIED")
+os.kill(os.getpid(), 0)
+os.kill(0, 0)
+signal.raise_signal(signal.SIGUSR1 if print("DONE", flush=True) else signal.SIGCONT)
+"""
+
+
+def test_on_a_kernel_that_cannot_scope_signals_a_candidate_reaches_no_process_but_itself(monkeypatch):
+    import landlockpy
+
+    ruleset = landlockpy.Ruleset
+    monkeypatch.setattr(landlockpy, "Ruleset", lambda scoped: ruleset())
+    monkeypatch.setattr(prepare, "landlock_abi", lambda: 5)
+    rules = prepare.sandbox_rules([], [], [])
+    child = prepare.start_confined([sys.executable, "-c", KILLS], rules, stdout=subprocess.PIPE, text=True)
+    assert child.communicate(timeout=20)[0] == "DENIED\n" * 3 + "DONE\n" and child.returncode == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a user of its own can be had by root alone")
+def test_an_ordinary_user_cannot_start_more_threads_than_are_allowed(monkeypatch):
+    """Counted over all that the user runs; the count of a user with no other process is the limit itself."""
+    code = """
+import os, resource
+os.setresuid(54321, 54321, 54321)
+print(resource.getrlimit(resource.RLIMIT_NPROC)[0])
+for number in range(100):
+    try:
+        if os.fork() == 0:
+            os.kill(os.getpid(), 19)
+    except BlockingIOError:
+        break
+print(number, flush=True)
+os.kill(0, 9)
+"""
+    monkeypatch.setattr(prepare, "THREAD_LIMIT", 40)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    child = prepare.start_confined([sys.executable, "-c", code], None, stdout=subprocess.PIPE, text=True)
+    assert child.communicate(timeout=20)[0].split() == ["40", "39"]
