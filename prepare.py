@@ -8,8 +8,8 @@ on the other side of a process boundary:
   python prepare.py --check                     see whether all is well for a night
   python prepare.py trial TRAIN_PY --out DIR    one experiment under sandbox and clock; writes DIR/result.json
 
-The file reads in the order of the story: the task, its text, the rows, what train.py may call, the sealed model, the
-sandbox, the trial, the exam. train.py uses four names of it: TASK, SEED, machine_flops and begin.
+The file reads in the order of the story: the task, its text, the rows, the machine, the sealed model, what train.py may
+call, the sandbox, the trial, the exam. train.py uses five names of it: TASK, SEED, device, machine_flops and begin.
 """
 
 import argparse
@@ -43,6 +43,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,8 @@ class Task:
 
     eval_rows = property(lambda self: self.eval_tokens // self.seq_len)
     grace = property(lambda self: 3.0 + 0.01 * self.time_budget)  # seconds by which a submission may be late
-    startup_limit = property(lambda self: min(180.0, 30.0 + self.time_budget))  # seconds for all that precedes begin()
+    # Seconds for all that precedes begin(). To compile for a GPU takes the same time, up to minutes, for every budget.
+    startup_limit = property(lambda self: 300.0 if has_gpu() else min(180.0, 30.0 + self.time_budget))
     exam_limit = property(lambda self: 120.0 + 2 * self.time_budget)  # seconds that scoring may take
 
 
@@ -110,9 +112,15 @@ def cache_root():
 
 
 def has_gpu():
-    """Whether a CUDA device is here, by its device file: torch, which would know, takes seconds to import."""
+    """Whether an NVIDIA GPU is here to be used: by its device files, since torch takes seconds to import.
+
+    A GPU whose driver is broken counts: find_device() says what is wrong with it. CUDA_VISIBLE_DEVICES= hides it.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
+        return False
     wsl = os.path.exists("/dev/dxg") and os.path.exists("/usr/lib/wsl/lib/libcuda.so.1")
-    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and (wsl or any(Path("/dev").glob("nvidia[0-9]*")))
+    # Asked for one by one, since the sandbox does not let /dev be listed.
+    return wsl or any(os.path.exists(f"/dev/nvidia{number}") for number in range(64))
 
 
 def get_task(name=None, budget=None):
@@ -691,26 +699,114 @@ def verify(task):
     return folder
 
 
-def machine_flops(again=False):
-    """Dense bf16 matrix-multiply rate of this machine's GPU, else CPU, in FLOP/s: measured once, then remembered.
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine: its device, and its two rates
+#
+# The nominal rate, machine_flops(), decides how large train.py makes its model, so it is the same for all cards of a
+# kind: what such a card reaches by the table below. A CPU, or a GPU that the table lacks, has none but the best
+# measured so far, remembered in hardware.json.
+# The measured rate, measure_flops(), is what the machine does at this moment: the exam reports it with every score as
+# matmul_flops, and --check compares it with the nominal one.
 
-    again: measure once more, and remember the result if it is higher by a tenth: other programs had used the machine
-    then. Less is noise, for which the sizes that follow from the rate must not change.
+# Rates of bfloat16 products with float32 accumulation, dense, in TFLOP/s, by the name that CUDA gives a card. A name
+# has to match whole: a laptop's card or a MIG instance is slower than the one whose name it extends. Turing and older
+# cards (RTX 2080 Ti, T4) are left out: they have no bfloat16 units, and what stands in for these varies.
+NOMINAL_TFLOPS = {
+    # Measured with torch 2.8: large square products (github.com/zzc0721/torch-performance-test-data, 2025).
+    "NVIDIA B200": 1700,
+    "NVIDIA H200": 785,
+    "NVIDIA H100 80GB HBM3": 785,
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 415,
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": 410,
+    "NVIDIA L40S": 270,
+    "NVIDIA A100-SXM4-80GB": 265,
+    "NVIDIA A100-SXM4-40GB": 265,
+    "NVIDIA H20": 142,
+    "NVIDIA RTX A6000": 123,
+    "NVIDIA GeForce RTX 5090": 236,
+    "NVIDIA GeForce RTX 4090": 163,
+    "NVIDIA GeForce RTX 4090 D": 149,
+    "NVIDIA GeForce RTX 4070 SUPER": 74,
+    "NVIDIA GeForce RTX 4060 Ti": 43,
+    "NVIDIA GeForce RTX 3090": 76,
+    "NVIDIA GeForce RTX 3080 Ti": 76,
+    # The best products found (MAMF table of github.com/stas00/ml-engineering).
+    "NVIDIA A100 80GB PCIe": 250,
+    "NVIDIA A100-PCIE-40GB": 250,
+    # NVIDIA's datasheets: GeForce cards reach theirs, and those that a low limit of power holds back 0.5 to 0.75.
+    "NVIDIA H100 NVL": 620,
+    "NVIDIA H200 NVL": 620,
+    "NVIDIA H100 PCIe": 550,
+    "NVIDIA RTX 6000 Ada Generation": 260,
+    "NVIDIA A40": 110,
+    "NVIDIA A10": 85,
+    "NVIDIA A10G": 55,
+    "NVIDIA L4": 60,
+    "NVIDIA GeForce RTX 5080": 113,
+    "NVIDIA GeForce RTX 5070 Ti": 88,
+    "NVIDIA GeForce RTX 5070": 62,
+    "NVIDIA GeForce RTX 4080 SUPER": 104,
+    "NVIDIA GeForce RTX 4080": 97,
+    "NVIDIA GeForce RTX 4070 Ti SUPER": 88,
+    "NVIDIA GeForce RTX 4070 Ti": 80,
+    "NVIDIA GeForce RTX 4070": 58,
+    "NVIDIA GeForce RTX 4060": 30,
+    "NVIDIA GeForce RTX 3090 Ti": 80,
+    "NVIDIA GeForce RTX 3080": 60,
+    "NVIDIA GeForce RTX 3070 Ti": 43,
+    "NVIDIA GeForce RTX 3070": 41,
+    "NVIDIA GeForce RTX 3060 Ti": 32,
+    "NVIDIA GeForce RTX 3060": 26,
+}
+FIT_SPEED = 0.75  # share of the nominal rate below which --check complains
+
+
+def machine_flops(again=False):
+    """Dense bf16 matrix-multiply rate of this machine's GPU, else CPU, in FLOP/s, to size a model by.
+
+    It is the same for all GPUs of a kind; a CPU, and a GPU of no known kind, is measured once and remembered. again:
+    measure once more, and remember the result if it is higher by a tenth: other programs had used the machine then.
+    Less is noise, for which the sizes that follow from the rate must not change. Raises Pause for a broken GPU.
     """
     if "flops" in TOLD:
         return TOLD["flops"]
+    device = ask_speed(0)["device"] if has_gpu() else "CPU"
+    if device in NOMINAL_TFLOPS:
+        return 1e12 * NOMINAL_TFLOPS[device]
     with cache_lock("hardware") as root:
-        path, name = root / "hardware.json", platform.node()
-        known = {}
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            known = json.loads(path.read_text())
-        if again or "matmul_flops" not in known.get(name, {}):
+        path, key, known = root / "hardware.json", f"{platform.node()}, {device}", {}
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            known = {name: e for name, e in json.loads(path.read_text()).items() if e["matmul_flops"] > 0}
+        if again or key not in known:
             print("measuring the matrix-multiply rate of this machine", flush=True)
-            measured = measure_flops()
-            if measured["matmul_flops"] > 1.1 * known.get(name, {}).get("matmul_flops", 0.0):
-                known[name] = measured
+            measured = ask_speed(1.5)
+            if key not in known or measured["matmul_flops"] > 1.1 * known[key]["matmul_flops"]:
+                known[key] = measured
                 write_atomically(path, json.dumps(known, indent=1) + "\n")
-        return known[name]["matmul_flops"]
+        return known[key]["matmul_flops"]
+
+
+def ask_speed(seconds):
+    """measure_flops(seconds), asked of a process that ends with the answer and leaves the GPU's memory to others.
+
+    Raises Pause for a broken GPU, and Trouble where torch cannot be used at all.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), "_speed", str(seconds)]
+    asked = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if asked.returncode:
+        said = asked.stderr.strip().splitlines() or [exit_reason(asked.returncode)]
+        raise (Pause if asked.returncode == PAUSE_CODE else Trouble)(said[-1].removeprefix("prepare.py: "))
+    return json.loads(asked.stdout.splitlines()[-1])
+
+
+def answer_speed(seconds):
+    """The other side of ask_speed: prints the answer; returns the exit code."""
+    try:
+        print(json.dumps(measure_flops(seconds)))
+        return 0
+    except Pause as fault:
+        print(f"prepare.py: {fault}", file=sys.stderr)
+        return PAUSE_CODE
 
 
 def matmul_dtype():
@@ -725,22 +821,86 @@ def matmul_dtype():
 
 
 def measure_flops(seconds=1.5):
-    """{device, matmul_flops}: the best of many timed products of square bf16 matrices."""
+    """{device, matmul_flops}: the best of many timed products of square bf16 matrices, three samples at least.
+
+    Raises Pause for a broken GPU.
+    """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, dtype=matmul_dtype(), device=device)
-    best, end = math.inf, time.monotonic() + seconds
-    while time.monotonic() < end:
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        if device == "cuda":
+    device = find_device()
+    cuda = device.type == "cuda"
+
+    def sample(size, products=5):
+        a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+        a @ a  # not counted: the first loads the library and its kernels, which takes as long as a hundred products
+        if cuda:
             torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / 5)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "matmul_flops": 2 * size**3 / best}
+        start = time.perf_counter()
+        for _ in range(products):
+            a @ a
+        if cuda:
+            torch.cuda.synchronize()
+        return 2 * size**3 * products / (time.perf_counter() - start)
+
+    try:
+        size = 8192 if cuda else 1024
+        if not cuda and max(sample(256, 1) for _ in range(3)) < 1e10:
+            size = 256  # a CPU without bfloat16 units, which would take minutes
+        end, rates = time.monotonic() + seconds, []
+        while len(rates) < 3 or time.monotonic() < end:
+            rates.append(sample(size))
+        name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    except RuntimeError as error:
+        raise (Pause(device_fault(error)) if cuda else error) from None
+    return {"device": name, "matmul_flops": max(rates)}
+
+
+def find_device(kind=None):
+    """The torch.device "cuda" or "cpu", tried out. kind: its type; None: "cuda" where has_gpu(), else "cpu".
+
+    Raises Pause for a GPU that torch cannot use: to go on without it would be another experiment.
+    """
+    import torch
+
+    device = torch.device(kind or ("cuda" if has_gpu() else "cpu"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells the reason twice, at length
+            torch.zeros(1, device=device).item()
+    except Exception as error:  # of many kinds, among them AssertionError
+        raise Pause(device_fault(error)) from None
+    return device
+
+
+def device_fault(error):
+    """One sentence on a GPU that failed with `error`: what torch says, and what to do."""
+    import torch
+
+    said = one_line(str(error).strip().partition("\n")[0], 200)
+    visible, advice = os.environ.get("CUDA_VISIBLE_DEVICES"), "nvidia-smi tells whether the driver works"
+    if not torch.version.cuda:
+        advice = f"torch {torch.__version__} is a build for the CPU: install one for CUDA (see pytorch.org)"
+    elif not os.path.exists("/dev/nvidia-uvm") and not os.path.exists("/dev/dxg"):
+        advice = "/dev/nvidia-uvm is missing: run nvidia-modprobe -u -c=0, or nvidia-smi, once as root"
+    elif "busy or unavailable" in said:
+        advice = "another program has it to itself: end that one, or allow several with nvidia-smi -c DEFAULT"
+    elif "out of memory" in said:
+        advice = "end the other programs that use it (nvidia-smi shows them)"
+    elif "No CUDA GPUs" in said or "invalid device" in said:
+        named = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible else "a GPU in MIG mode has to be divided"
+        advice = f"{named}: nvidia-smi -L lists the GPUs and MIG instances that there are"
+    return f"the GPU cannot be used ({said}); {advice}; CUDA_VISIBLE_DEVICES= trains on the CPU"
+
+
+def device():
+    """The torch.device that this run is for, "cuda" or "cpu": train.py asks here, so that it never takes the other.
+
+    Ends the program, with one sentence, for a GPU that torch cannot use.
+    """
+    try:
+        return find_device(TOLD.get("device"))
+    except Pause as fault:
+        raise SystemExit(f"train.py: {fault}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1133,13 +1293,15 @@ class Run:
         save_sealed(self._path, self._program, self._tensors(model))
         seconds = self.seconds
         report = {"steps": self._steps, "tokens": self._tokens, "params": self._params}
-        if torch.cuda.is_available():
+        if self._program["device"] == "cuda":
             report["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
         if self._channel:
             self._channel.sendall(json.dumps({"submit": report}).encode() + b"\n")
             while self._channel.recv(1):  # the proctor ends this process; nothing after this line counts
                 pass
             raise SystemExit(0)
+        if self._program["device"] == "cuda":
+            torch.cuda.empty_cache()  # the exam needs room beside what this process still holds
         result = {"outcome": "ok", "training_seconds": seconds, **report}
         try:
             with Examiner(None) as examiner:
@@ -2153,40 +2315,134 @@ def examine(path, task, folder, beat=None, examiner=None, deadline=None):
 
 def check(task):
     """Print a line on each thing that a night on `task` needs besides the researcher; returns the exit code."""
-    import torch
-
     faults = []
 
-    def say(what, words, advice):
+    def say(what, words, advice=""):
         if advice:
             faults.append(what)
             words = f"{words}; {advice}"
         print(f"{'NO' if advice else 'ok':<4}{what + ':':<15}{words}", flush=True)
 
+    def say_trouble(what, trouble):
+        words, _, advice = str(trouble).partition("; ")
+        say(what, words, advice or "python prepare.py --check says when it is well")
+
     try:
         rows = read_meta(task)["train"]["rows"] if verify(task) else 0
-        say("data", f"{task.name} in {cache_root() / task.dataset}, {rows:,} training rows, fingerprints match", "")
+        say("data", f"{task.name} in {cache_root() / task.dataset}, {rows:,} training rows, fingerprints match")
     except Trouble as trouble:
-        what, _, advice = str(trouble).partition("; ")
-        say("data", what, advice)
+        say_trouble("data", trouble)
     for what, folder in (("disk for runs", Path(__file__).resolve().parent), ("disk for data", cache_root())):
         free = shutil.disk_usage(folder if folder.exists() else Path.home()).free
         say(what, f"{free / 1e9:.0f} GB free at {folder}", "" if free > 5e9 else "a night needs 5: make room")
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        words = f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GB free"
-        say("GPU", words, "" if free > 0.8 * total else "end the other programs that use it (nvidia-smi shows them)")
-    else:
-        advice = "look at the driver, and install a CUDA build of torch" if has_gpu() else ""
-        say("GPU", f"none that torch {torch.__version__} can use; training runs on the CPU", advice)
     level = sandbox_level()
     advice = "the candidate can read and write all that you can. Linux 5.13 with Landlock switched on is needed"
     say("sandbox", level, advice if level == "none" else "")
-    now = measure_flops()
-    best = max(machine_flops(), now["matmul_flops"])
-    words = f"{now['matmul_flops'] / 1e12:.2f} TFLOP/s on {now['device']}, {best / 1e12:.2f} at best"
-    say("speed", words, "" if now["matmul_flops"] > 0.75 * best else "end what else uses the machine")
+    try:
+        free, total, words = rehearse(task, level)
+        say("trial's room", words)
+    except Trouble as trouble:
+        free = total = None
+        say_trouble("trial's room", trouble)
+    # Asked of other processes throughout: a GPU may be set to serve one at a time.
+    try:
+        now, best = ask_speed(1.5), machine_flops()
+    except Trouble as trouble:
+        say_trouble("GPU", trouble)
+        return 2
+    if not has_gpu():
+        say("GPU", "none here; training runs on the CPU")
+    elif total:
+        words, advice = f"{now['device']}, {free:.1f} of {total:.1f} GB free", "end the other programs that use it"
+        say("GPU", words, "" if free > 0.8 * total else f"{advice} (nvidia-smi shows them)")
+    measured, nominal = now["matmul_flops"], now["device"] in NOMINAL_TFLOPS
+    best = best if nominal else max(best, measured)
+    words = f"{measured / 1e12:.3g} TFLOP/s measured on {now['device']}; {best / 1e12:.3g} is "
+    words += "what such cards reach, for which train.py is sized" if nominal else "the best so far, for which train.py is sized"
+    advice = "end what else uses the machine"
+    advice += ", and look for limits of heat and power (nvidia-smi -q -d PERFORMANCE)" * has_gpu()
+    say("speed", words, "" if measured > FIT_SPEED * best else advice)
     return 2 if faults else 0
+
+
+# What a trial's process has to be able to do, tried in its sandbox: on a GPU, Triton compiles the kernel with gcc.
+REHEARSAL = """
+import json, sys, time
+
+import torch
+
+from prepare import device
+
+started, x = time.time(), torch.ones(64, 64, device=device(), requires_grad=True)
+double = torch.compile(lambda x: (2 * x).square().sum()) if x.is_cuda else lambda x: (2 * x).square().sum()
+double(x).backward()
+if x.grad.sum().item() != 8 * 64 * 64:
+    sys.exit("train.py: a small product came out wrong; the machine is not to be trusted")
+memory = [size / 2**30 for size in torch.cuda.mem_get_info()] if x.is_cuda else [None, None]
+print(json.dumps([*memory, time.time() - started]))
+"""
+
+
+def rehearse(task, level):
+    """Run a small program as a trial would be run: (free, total, words), the first two in GiB, None on a CPU.
+
+    level: as of sandbox_level(). Raises Trouble, with what to do, where it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="autoresearch-") as folder:
+        room, output = Path(folder).resolve() / "room", Path(folder) / "output"
+        room.mkdir()
+        (room / "train.py").write_text(REHEARSAL)
+        shutil.copyfile(__file__, room / "prepare.py")
+        told = {"task": dataclasses.asdict(task), "seed": 0, "device": "cuda" if has_gpu() else "cpu"}
+        rules = None if level == "none" else sandbox_rules([], [room], [])
+        try:
+            with open(output, "wb") as file:
+                streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+                options = {"cwd": room, "env": room_environment(room, told), **streams}
+                child = start_confined([sys.executable, "train.py"], rules, **options)
+                try:
+                    code = child.wait(task.startup_limit)
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+        except subprocess.TimeoutExpired:
+            raise Trouble(f"no end of a small program after {task.startup_limit:.0f} s; look at the machine") from None
+        except (OSError, subprocess.SubprocessError) as error:
+            raise Trouble(f"the sandbox cannot be set up ({error}); --no-sandbox goes without") from None
+        said = output.read_text(errors="replace")
+    if code:
+        raise Trouble(rehearsal_fault(said, code))
+    free, total, seconds = json.loads(said.splitlines()[-1])
+    kind = "a kernel compiled and ran on the GPU" if told["device"] == "cuda" else "a small program ran on the CPU"
+    return free, total, f"{kind} in {seconds:.1f} s, {'unconfined' if rules is None else 'inside the sandbox'}"
+
+
+def rehearsal_fault(said, code):
+    """Why a rehearsal failed and what to do, by its output and return code."""
+    named = [line for line in said.splitlines() if re.match(r"(train\.py|[\w.]*(Error|Exception|Fault)): ", line)]
+    reason = one_line((named or said.strip().splitlines() or [exit_reason(code)])[-1], 300)
+    if "GPU cannot be used" in reason:
+        return reason.removeprefix("train.py: ")
+    advice = "python prepare.py trial --no-sandbox tells whether the sandbox is at fault"
+    if "Python.h" in said:
+        advice = "Triton needs the headers of this Python: install python3-dev (or python3-devel)"
+    elif "compiler" in said:
+        advice = "Triton needs a C compiler: install gcc"
+    return f"a small program failed ({reason}); {advice}"
+
+
+def room_environment(room, told):
+    """Environment of a trial's process in the folder `room`, `told` to it by the proctor: a dict of strings."""
+    return {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)} | {
+        "AUTORESEARCH_TRIAL": json.dumps(told),
+        "HOME": str(room),
+        "TMPDIR": str(room),
+        "TORCHINDUCTOR_CACHE_DIR": str(room / "compiled"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its worker pool would need the machine's shared memory
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 HURRY = 5.0  # seconds that a program may take to end in good order, undisturbed
@@ -2267,7 +2523,7 @@ def main():
             task = get_task(arguments.task)
             prepare(task, shards=arguments.shards)
         folder, rate = verify(task), machine_flops(again=True)
-        print(f"{task.name} is ready in {folder}; this machine multiplies matrices at {rate / 1e12:.2f} TFLOP/s")
+        print(f"{task.name} is ready in {folder}; train.py is sized for a machine of {rate / 1e12:.3g} TFLOP/s")
         return 0
     except (Trouble, OSError) as error:
         print(f"prepare.py: {words(error)}", file=sys.stderr)
@@ -2280,5 +2536,7 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["_exam"]:
         exam(int(sys.argv[2]))
+    elif sys.argv[1:2] == ["_speed"]:
+        sys.exit(answer_speed(float(sys.argv[2])))
     else:
         sys.exit(main())
