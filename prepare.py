@@ -2346,7 +2346,7 @@ def check(task):
         say_trouble("trial's room", trouble)
     # Asked of other processes throughout: a GPU may be set to serve one at a time.
     try:
-        now, best = ask_speed(1.5), machine_flops()
+        now = ask_speed(1.5)
     except Trouble as trouble:
         say_trouble("GPU", trouble)
         return 2
@@ -2355,10 +2355,14 @@ def check(task):
     elif total:
         words, advice = f"{now['device']}, {free:.1f} of {total:.1f} GB free", "end the other programs that use it"
         say("GPU", words, "" if free > 0.8 * total else f"{advice} (nvidia-smi shows them)")
-    measured, nominal = now["matmul_flops"], now["device"] in NOMINAL_TFLOPS
-    best = best if nominal else max(best, measured)
+    measured, nominal = now["matmul_flops"], NOMINAL_TFLOPS.get(now["device"])
+    best = 1e12 * nominal if nominal else max(machine_flops(), measured)
     words = f"{measured / 1e12:.3g} TFLOP/s measured on {now['device']}; {best / 1e12:.3g} is "
-    words += "what such cards reach, for which train.py is sized" if nominal else "the best so far, for which train.py is sized"
+    words += (
+        "what such cards reach, for which train.py is sized"
+        if nominal
+        else "the best so far, for which train.py is sized"
+    )
     advice = "end what else uses the machine"
     advice += ", and look for limits of heat and power (nvidia-smi -q -d PERFORMANCE)" * has_gpu()
     say("speed", words, "" if measured > FIT_SPEED * best else advice)

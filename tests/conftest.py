@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
+import venv
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,7 @@ def run():
 CANDIDATE = """
 import json, os, sys, time
 import torch, torch.nn as nn, torch.nn.functional as F
-from prepare import SEED, TASK, begin
+from prepare import SEED, TASK, begin, device
 
 torch.manual_seed(SEED)
 V, T = TASK.vocab_size, TASK.seq_len
@@ -81,7 +83,7 @@ class Model(nn.Module):
 {forward}
         return self.head(x)
 
-model = Model()
+model = Model().to(device())
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
 run = begin(model)
 {begun}
@@ -122,6 +124,18 @@ def hold(tmp_path, candidate):
         return prepare.trial(candidate(**places), tmp_path / "out", task, seed)
 
     return hold
+
+
+@pytest.fixture(scope="session")
+def gpu_python(tmp_path_factory):
+    """A Python that sees the CUDA device of stand_in/sitecustomize.py where TORCH_STAND_IN names one."""
+    folder = tmp_path_factory.mktemp("gpu") / "python"
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    shutil.copy(Path(__file__).parent / "stand_in" / "sitecustomize.py", packages)
+    real = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (packages / "real.pth").write_text("".join(f"{path}\n" for path in sorted(real)))
+    return folder / "bin" / "python"
 
 
 MAIN = '\n\nif __name__ == "__main__":'

@@ -343,8 +343,10 @@ def test_validation_documents_of_an_own_text_stay_what_they_are_when_text_is_add
 def test_the_check_says_a_line_of_each_thing_and_what_to_do(cache, run, capfd):
     done = run(sys.executable, ROOT / "prepare.py", "--check", "--task", "tinystories", env=os.environ)
     lines = [line.split()[:2] for line in done.stdout.splitlines()]
-    assert done.returncode == 2 and ["NO", "data:"] in lines and ["ok", "sandbox:"] in lines
-    assert {what for _, what in lines} == {"data:", "disk", "GPU:", "sandbox:", "speed:"}
+    assert (
+        done.returncode == 2 and ["NO", "data:"] in lines and ["ok", "sandbox:"] in lines and ["ok", "trial's"] in lines
+    )
+    assert {what for _, what in lines} == {"data:", "disk", "GPU:", "sandbox:", "trial's", "speed:"}
     assert "run: python prepare.py --task tinystories" in done.stdout
     prepare.check(TINY)
     assert "ok  data:          tiny in " in capfd.readouterr().out

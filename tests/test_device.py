@@ -1,0 +1,113 @@
+"""The GPU: the programs' CUDA branches on a device that stand_in/sitecustomize.py plays, and its faults."""
+
+import json
+import os
+import platform
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+H100, RTX_2080 = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 2080 Ti"
+
+
+@pytest.fixture
+def on_gpu(gpu_python, run):
+    """on_gpu(*arguments, card=, fault=, rows=, **environment): a finished Python process beside that device."""
+
+    def on_gpu(*arguments, card=H100, fault="", rows=0, **environment):
+        setting = {"TORCH_STAND_IN": card, "TORCH_STAND_IN_FAULT": fault, "TORCH_STAND_IN_ROWS": str(rows)}
+        return run(gpu_python, *arguments, cwd=ROOT, env=os.environ | setting | environment)
+
+    return on_gpu
+
+
+def asked(on_gpu, expression, **options):
+    """The value of an expression about prepare in such a process."""
+    said = on_gpu("-c", f"import prepare; print(); print({expression})", **options)
+    assert said.returncode == 0, said.stderr
+    return said.stdout.splitlines()[-1]
+
+
+def test_the_baseline_goes_from_begin_to_a_score_on_a_gpu_with_too_little_memory(on_gpu, tmp_path):
+    arguments = ["trial", "train.py", "--task", "tiny", "--flops", "2.4e11", "--out", tmp_path / "out"]
+    said = on_gpu("prepare.py", *arguments, rows=4)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert said.returncode == 0, said.stdout + said.stderr + log
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["outcome"] == "ok" and 0 < result["val_bpb"] < 8 and result["device"] == H100
+    assert result["peak_vram_mb"] == 1024 and result["leak"] == result["noise"] == 0
+    assert "out of memory" in log and "2 x 4 rows" in log
+    assert b'\\"device\\": \\"cuda\\"' in (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("fault", "words"), [("gone in the exam", "No CUDA GPUs"), ("breaks in the exam", "ECC")])
+def test_a_gpu_that_fails_in_the_exam_is_the_fault_of_the_machine(fault, words, on_gpu, candidate, tmp_path):
+    arguments = ["trial", candidate(), "--task", "tiny", "--flops", "1e12", "--out", tmp_path / "out"]
+    said = on_gpu("prepare.py", *arguments, fault=fault)
+    assert said.returncode == 75 and words in said.stderr and said.stderr.count("\n") == 1, said
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_a_gpu_that_torch_cannot_use_stops_everything_with_one_sentence(on_gpu, candidate, tmp_path):
+    by_hand = tmp_path / "train.py"
+    by_hand.write_text(candidate().read_text())
+    trial = ["prepare.py", "trial", by_hand, "--task", "tiny", "--out", tmp_path / "out"]
+    for command, code in ((trial, 75), ([by_hand], 1)):
+        said = on_gpu(*command, fault="gone", PYTHONPATH=str(ROOT), AUTORESEARCH_TASK="tiny")
+        assert said.returncode == code and said.stderr.count("\n") == 1, said.stderr
+        assert "the GPU cannot be used (No CUDA GPUs are available); a GPU in MIG mode" in said.stderr
+        assert "CUDA_VISIBLE_DEVICES= trains on the CPU" in said.stderr
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_a_build_of_torch_for_the_cpu_is_named_where_there_is_a_gpu(on_gpu):
+    said = on_gpu("-c", "import torch; torch.version.cuda = None; import prepare; prepare.device()", fault="gone")
+    assert said.returncode == 1 and "is a build for the CPU: install one for CUDA" in said.stderr
+
+
+def test_a_gpu_is_used_unless_cuda_visible_devices_hides_it(on_gpu):
+    told = "prepare.has_gpu(), prepare.get_task('demo').startup_limit"
+    for visible, answer in (
+        ("0", "True 300.0"),
+        ("", "False 50.0"),
+        ("-1", "False 50.0"),
+        ("NoDevFiles", "False 50.0"),
+    ):
+        assert asked(on_gpu, told, CUDA_VISIBLE_DEVICES=visible) == answer
+    assert asked(on_gpu, "prepare.device()", CUDA_VISIBLE_DEVICES="") == "cpu"
+
+
+def test_the_start_of_the_library_does_not_count_for_the_measured_rate(on_gpu):
+    assert float(asked(on_gpu, "prepare.measure_flops(0)['matmul_flops']", fault="slow start")) > 5e13
+
+
+def test_cards_of_a_kind_have_one_rate_and_others_are_measured_once_for_host_and_device(on_gpu, gpu_python, tmp_path):
+    cache, rate = {"AUTORESEARCH_CACHE": str(tmp_path)}, "prepare.machine_flops()"
+    assert float(asked(on_gpu, rate, **cache)) == 785e12
+    assert not (tmp_path / "hardware.json").exists()
+    old = {platform.node(): {"device": RTX_2080, "matmul_flops": 5.0}}
+    (tmp_path / "hardware.json").write_text(json.dumps(old))
+    command = [gpu_python, "-c", f"import prepare; {rate}"]
+    environment = os.environ | cache | {"TORCH_STAND_IN": RTX_2080}
+    devices = {"": "CPU", "0": RTX_2080}
+    together = [
+        subprocess.Popen(command, cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": visible}) for visible in devices
+    ]
+    assert [process.wait(60) for process in together] == [0, 0]
+    known = json.loads((tmp_path / "hardware.json").read_text())
+    assert set(known) == {platform.node(), *(f"{platform.node()}, {device}" for device in devices.values())}
+    for visible, device in devices.items():
+        again = asked(on_gpu, rate, card=RTX_2080, CUDA_VISIBLE_DEVICES=visible, **cache)
+        assert float(again) == known[f"{platform.node()}, {device}"]["matmul_flops"] > 5.0
+
+
+def test_the_check_compiles_in_the_sandbox_and_compares_the_card_with_its_kind(on_gpu):
+    said = on_gpu("prepare.py", "--check", "--task", "tiny")
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "ok  trial's room:  a kernel compiled and ran on the GPU" in said.stdout and "sandbox" in said.stdout
+    assert f"ok  GPU:           {H100}, 70.0 of 80.0 GB free" in said.stdout
+    assert f"TFLOP/s measured on {H100}; 785 is what such cards reach" in said.stdout
+    said = on_gpu("prepare.py", "--check", "--task", "tiny", fault="no compiler", card="NVIDIA B200")
+    assert said.returncode == 2 and "Triton needs a C compiler: install gcc" in said.stdout
+    assert "NO  speed:" in said.stdout and "1.7e+03" not in said.stdout
