@@ -2357,7 +2357,7 @@ def check(task):
         say("GPU", words, "" if free > 0.8 * total else f"{advice} (nvidia-smi shows them)")
     measured, nominal = now["matmul_flops"], NOMINAL_TFLOPS.get(now["device"])
     best = 1e12 * nominal if nominal else max(machine_flops(), measured)
-    words = f"{measured / 1e12:.3g} TFLOP/s measured on {now['device']}; {best / 1e12:.3g} is "
+    words = f"{measured / 1e12:.4g} TFLOP/s measured on {now['device']}; {best / 1e12:.4g} is "
     words += (
         "what such cards reach, for which train.py is sized"
         if nominal
@@ -2392,8 +2392,10 @@ def rehearse(task, level):
 
     level: as of sandbox_level(). Raises Trouble, with what to do, where it fails.
     """
-    with tempfile.TemporaryDirectory(prefix="autoresearch-") as folder:
-        room, output = Path(folder).resolve() / "room", Path(folder) / "output"
+    runs = Path(__file__).resolve().parent / "runs"  # where trials are held: elsewhere, code may not be executable
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="check-", dir=runs) as folder:
+        room, output = Path(folder) / "room", Path(folder) / "output"
         room.mkdir()
         (room / "train.py").write_text(REHEARSAL)
         shutil.copyfile(__file__, room / "prepare.py")
@@ -2527,7 +2529,7 @@ def main():
             task = get_task(arguments.task)
             prepare(task, shards=arguments.shards)
         folder, rate = verify(task), machine_flops(again=True)
-        print(f"{task.name} is ready in {folder}; train.py is sized for a machine of {rate / 1e12:.3g} TFLOP/s")
+        print(f"{task.name} is ready in {folder}; train.py is sized for a machine of {rate / 1e12:.4g} TFLOP/s")
         return 0
     except (Trouble, OSError) as error:
         print(f"prepare.py: {words(error)}", file=sys.stderr)

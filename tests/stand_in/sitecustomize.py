@@ -6,7 +6,7 @@ it, isolated ones too; torch and the programs are the real ones. With TORCH_STAN
 - the device files of one GPU seem to be there, and torch.cuda answers as if that card were;
 - a tensor that was made on "cuda" or moved there says so, and so does all that is computed from it, while the CPU does
   the work; as on the real device, one from the CPU beside it is an error, and so is numpy();
-- torch.compile does nothing, and the large products that measure the rate take as long as at 800 TFLOP/s.
+- torch.compile does nothing, and the large products that measure the rate only seem to take their time.
 
 TORCH_STAND_IN_FAULT breaks it, TORCH_STAND_IN_ROWS is the number of rows that fit into its memory in training.
 """
@@ -48,6 +48,8 @@ def play(torch):
     both |= {"_has_compatible_shallow_copy_type"}
     # Computed in float32: a CPU without bfloat16 units takes a hundred times as long.
     products = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
+    clock, passed = time.perf_counter, []
+    time.perf_counter = lambda: clock() + sum(passed)
     waiting = [2.0] if FAULT == "slow start" else []
     gone = FAULT == "gone" or FAULT == "gone in the exam" and EXAM
 
@@ -132,7 +134,7 @@ def play(torch):
             if name == "randn" and not tensors and args and args[0] == 8192:
                 return torch.zeros(*args, **kwargs)
             if name in ("matmul", "__matmul__") and tensors[0].size(-1) == 8192:
-                time.sleep(2 * 8192**3 / RATE + (waiting.pop() if waiting else 0))
+                passed.append(waiting.pop() if waiting else 2 * 8192**3 / RATE)
                 return tensors[0]
             if name in products and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
                 args = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
