@@ -2433,7 +2433,7 @@ def rehearsal_fault(said, code):
     advice = "python prepare.py trial --no-sandbox tells whether the sandbox is at fault"
     if "Python.h" in said:
         advice = "Triton needs the headers of this Python: install python3-dev (or python3-devel)"
-    elif "compiler" in said:
+    elif "C compiler" in said or "C++ compiler" in said:
         advice = "Triton needs a C compiler: install gcc"
     return f"a small program failed ({reason}); {advice}"
 

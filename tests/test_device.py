@@ -79,9 +79,8 @@ def test_the_sentence_on_a_broken_gpu_says_what_to_do(cuda, files, error, advice
     monkeypatch.setattr("os.path.exists", lambda path: files)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     said = prepare.device_fault(RuntimeError(error))
-    assert (
-        said.startswith(f"the GPU cannot be used ({error.splitlines()[0]}); ") and advice in said and "\n" not in said
-    )
+    assert said.startswith(f"the GPU cannot be used ({error.splitlines()[0]}); ") and "\n" not in said
+    assert advice in said
 
 
 HIDDEN = """
@@ -129,3 +128,5 @@ def test_the_check_compiles_in_the_sandbox_and_compares_the_card_with_its_kind(o
     said = on_gpu("prepare.py", "--check", "--task", "tiny", fault="no compiler", card="NVIDIA B200")
     assert said.returncode == 2 and "Triton needs a C compiler: install gcc" in said.stdout
     assert "NO  speed:" in said.stdout and "1700 is what such cards reach" in said.stdout
+    said = "/room/.triton/driver.c:3:10: fatal error: Python.h: No such file or directory\ncompilation terminated."
+    assert "install python3-dev" in prepare.rehearsal_fault(said, 1)

@@ -48,8 +48,9 @@ def play(torch):
     both |= {"_has_compatible_shallow_copy_type"}
     # Computed in float32: a CPU without bfloat16 units takes a hundred times as long.
     products = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
-    clock, passed = time.perf_counter, []
-    time.perf_counter = lambda: clock() + sum(passed)
+    # The clocks, which the products that only seem to take time move on.
+    clock, monotonic, passed = time.perf_counter, time.monotonic, []
+    time.perf_counter, time.monotonic = lambda: clock() + sum(passed), lambda: monotonic() + sum(passed)
     waiting = [2.0] if FAULT == "slow start" else []
     gone = FAULT == "gone" or FAULT == "gone in the exam" and EXAM
 
