@@ -821,7 +821,7 @@ def matmul_dtype():
 
 
 def measure_flops(seconds=1.5):
-    """{device, matmul_flops}: the best of many timed products of square bf16 matrices, three samples at least.
+    """{device, matmul_flops}: the best of many timed products of square matrices, three samples at least.
 
     Raises Pause for a broken GPU.
     """
@@ -830,29 +830,26 @@ def measure_flops(seconds=1.5):
     device = find_device()
     cuda = device.type == "cuda"
 
-    def sample(size, products=5):
-        a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-        a @ a  # not counted: the first loads the library and its kernels, which takes as long as a hundred products
-        if cuda:
-            torch.cuda.synchronize()
+    size = 8192 if cuda else 1024
+
+    def sample(products):
         start = time.perf_counter()
         for _ in range(products):
             a @ a
         if cuda:
             torch.cuda.synchronize()
-        return 2 * size**3 * products / (time.perf_counter() - start)
+        return (time.perf_counter() - start) / products
 
     try:
-        size = 8192 if cuda else 1024
-        if not cuda and max(sample(256, 1) for _ in range(3)) < 1e10:
-            size = 256  # a CPU without bfloat16 units, which would take minutes
-        end, rates = time.monotonic() + seconds, []
-        while len(rates) < 3 or time.monotonic() < end:
-            rates.append(sample(size))
+        a = torch.randn(size, size, dtype=matmul_dtype(), device=device)
+        sample(1)  # not counted: it loads the library and its kernels, which takes as long as a hundred products
+        end, samples = time.monotonic() + seconds, []
+        while len(samples) < 3 or time.monotonic() < end:
+            samples.append(sample(5))
         name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     except RuntimeError as error:
         raise (Pause(device_fault(error)) if cuda else error) from None
-    return {"device": name, "matmul_flops": max(rates)}
+    return {"device": name, "matmul_flops": 2 * size**3 / min(samples)}
 
 
 def find_device(kind=None):
