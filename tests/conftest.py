@@ -128,11 +128,15 @@ def hold(tmp_path, candidate):
 
 @pytest.fixture(scope="session")
 def gpu_python(tmp_path_factory):
-    """A Python that sees the CUDA device of stand_in/sitecustomize.py where TORCH_STAND_IN names one."""
+    """A Python that sees the CUDA device of stand_in/cuda_stand_in.py where TORCH_STAND_IN names a card.
+
+    It is an environment of its own, since the examiner's Python takes modules from nowhere else.
+    """
     folder = tmp_path_factory.mktemp("gpu") / "python"
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    shutil.copy(Path(__file__).parent / "stand_in" / "sitecustomize.py", packages)
+    for module in (Path(__file__).parent / "stand_in").glob("*.py"):
+        shutil.copy(module, packages)
     real = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (packages / "real.pth").write_text("".join(f"{path}\n" for path in sorted(real)))
     return folder / "bin" / "python"

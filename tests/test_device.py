@@ -1,4 +1,4 @@
-"""The GPU: the programs' CUDA branches on a device that stand_in/sitecustomize.py plays, and its faults."""
+"""The GPU: the programs' CUDA branches on a device that stand_in/cuda_stand_in.py plays, and its faults."""
 
 import json
 import os
