@@ -2312,58 +2312,63 @@ def examine(path, task, folder, beat=None, examiner=None, deadline=None):
 
 def check(task):
     """Print a line on each thing that a night on `task` needs besides the researcher; returns the exit code."""
-    faults = []
+    code = 0
+    for what, words, advice in itertools.chain(check_storage(task), check_machine(task)):
+        print(f"{'NO' if advice else 'ok':<4}{what + ':':<15}{words}{'; ' * bool(advice)}{advice}", flush=True)
+        code = 2 if advice else code
+    return code
 
-    def say(what, words, advice=""):
-        if advice:
-            faults.append(what)
-            words = f"{words}; {advice}"
-        print(f"{'NO' if advice else 'ok':<4}{what + ':':<15}{words}", flush=True)
 
-    def say_trouble(what, trouble):
-        words, _, advice = str(trouble).partition("; ")
-        say(what, words, advice or "python prepare.py --check says when it is well")
-
+def check_storage(task):
+    """Yield (what, words, advice) on data and disks; advice is empty where all is well, and so below."""
     try:
         rows = read_meta(task)["train"]["rows"] if verify(task) else 0
-        say("data", f"{task.name} in {cache_root() / task.dataset}, {rows:,} training rows, fingerprints match")
+        yield "data", f"{task.name} in {cache_root() / task.dataset}, {rows:,} training rows, fingerprints match", ""
     except Trouble as trouble:
-        say_trouble("data", trouble)
+        yield "data", *in_two(trouble)
     for what, folder in (("disk for runs", Path(__file__).resolve().parent), ("disk for data", cache_root())):
         free = shutil.disk_usage(folder if folder.exists() else Path.home()).free
-        say(what, f"{free / 1e9:.0f} GB free at {folder}", "" if free > 5e9 else "a night needs 5: make room")
-    level = sandbox_level()
+        yield what, f"{free / 1e9:.0f} GB free at {folder}", "" if free > 5e9 else "a night needs 5: make room"
+
+
+def check_machine(task):
+    """Yield (what, words, advice) on the sandbox, the GPU and the speed.
+
+    What touches a GPU is asked of other processes, one after the other: it may be set to serve one at a time.
+    """
+    level, total = sandbox_level(), None
     advice = "the candidate can read and write all that you can. Linux 5.13 with Landlock switched on is needed"
-    say("sandbox", level, advice if level == "none" else "")
+    yield "sandbox", level, advice if level == "none" else ""
     try:
         free, total, words = rehearse(task, level)
-        say("trial's room", words)
+        yield "trial's room", words, ""
     except Trouble as trouble:
-        free = total = None
-        say_trouble("trial's room", trouble)
-    # Asked of other processes throughout: a GPU may be set to serve one at a time.
+        yield "trial's room", *in_two(trouble)
     try:
         now = ask_speed(1.5)
     except Trouble as trouble:
-        say_trouble("GPU", trouble)
-        return 2
+        yield "GPU", *in_two(trouble)
+        return
+    device, measured = now["device"], now["matmul_flops"]
     if not has_gpu():
-        say("GPU", "none here; training runs on the CPU")
+        yield "GPU", "none here; training runs on the CPU", ""
     elif total:
-        words, advice = f"{now['device']}, {free:.1f} of {total:.1f} GB free", "end the other programs that use it"
-        say("GPU", words, "" if free > 0.8 * total else f"{advice} (nvidia-smi shows them)")
-    measured, nominal = now["matmul_flops"], NOMINAL_TFLOPS.get(now["device"])
-    best = 1e12 * nominal if nominal else max(machine_flops(), measured)
-    words = f"{measured / 1e12:.4g} TFLOP/s measured on {now['device']}; {best / 1e12:.4g} is "
-    words += (
-        "what such cards reach, for which train.py is sized"
-        if nominal
-        else "the best so far, for which train.py is sized"
-    )
+        advice = "end the other programs that use it (nvidia-smi shows them)"
+        yield "GPU", f"{device}, {free:.1f} of {total:.1f} GB free", "" if free > 0.8 * total else advice
+    if device in NOMINAL_TFLOPS:
+        best, why = 1e12 * NOMINAL_TFLOPS[device], "what such cards reach, for which train.py is sized"
+    else:
+        best, why = max(machine_flops(), measured), "the best so far"
     advice = "end what else uses the machine"
     advice += ", and look for limits of heat and power (nvidia-smi -q -d PERFORMANCE)" * has_gpu()
-    say("speed", words, "" if measured > FIT_SPEED * best else advice)
-    return 2 if faults else 0
+    words = f"{measured / 1e12:.4g} TFLOP/s measured on {device}; {best / 1e12:.4g} is {why}"
+    yield "speed", words, "" if measured > FIT_SPEED * best else advice
+
+
+def in_two(trouble):
+    """(what is wrong, what to do) of a Trouble."""
+    words, _, advice = str(trouble).partition("; ")
+    return words, advice or "mend that, then look again"
 
 
 # What a trial's process has to be able to do, tried in its sandbox: on a GPU, Triton compiles the kernel with gcc.
