@@ -775,7 +775,7 @@ def machine_flops(again=False):
         return 1e12 * NOMINAL_TFLOPS[device]
     with cache_lock("hardware") as root:
         path, key, known = root / "hardware.json", f"{platform.node()}, {device}", {}
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
             known = {name: e for name, e in json.loads(path.read_text()).items() if e["matmul_flops"] > 0}
         if again or key not in known:
             print("measuring the matrix-multiply rate of this machine", flush=True)
@@ -829,7 +829,6 @@ def measure_flops(seconds=1.5):
 
     device = find_device()
     cuda = device.type == "cuda"
-
     size = 8192 if cuda else 1024
 
     def sample(products):
