@@ -2175,27 +2175,22 @@ MODEL_FAULTS = (RuntimeError, TypeError, LookupError, ArithmeticError, ValueErro
 
 def answer(question, channel):
     """A reader's life: {"device"} alone asks how fast it is; with "path", "task", "batch" for the losses of a model."""
-    import torch
-
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     filter_system_calls(READER_CALLS, SOME_READER_CALLS)
     LIBC.mallopt(M_PERTURB, 1 + os.urandom(1)[0] % 255)  # memory that was not written differs from reader to reader
-    device, said = question["device"], REFUSED
+    said = REFUSED
     try:
         if "path" in question:
             read_rows(question, Task(**question["task"]), channel.makefile("rwb"))
             return
-        if device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"torch {torch.__version__} does not see it")
         said, words = SPEED, json.dumps(measure_flops(0.2))
     except BrokenPipeError:  # the proctor has seen enough
         return
-    except Refused as refusal:
+    except (Refused, Pause) as refusal:
         words = str(refusal)
     except MODEL_FAULTS as error:
-        blamed = "sealed model fails on the validation rows" if "path" in question else f"device {device} has failed"
-        words = f"the {blamed}: {one_line(error, 300)}"
+        words = f"the sealed model fails on the validation rows: {one_line(error, 300)}"
     data = words.encode(errors="replace")[: 2**15]
     channel.sendall(said + len(data).to_bytes(4, "little") + data)
 
