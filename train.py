@@ -8,13 +8,16 @@ must stay free of side effects. Lower val_bpb within the time budget is better.
 
 import os
 
-# Before torch is imported: growing segments keep a nearly full GPU from failing on fragmentation.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Before torch is imported: growing segments keep a nearly full GPU from failing on fragmentation. WSL2, where the GPU is
+# /dev/dxg, has drivers that promise them and then fail (pytorch#192330).
+if not os.path.exists("/dev/dxg"):
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import ctypes
 import gc
 import itertools
 import math
+import re
 import sys
 import time
 
@@ -23,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prepare import SEED, TASK, begin, machine_flops
+from prepare import SEED, TASK, begin, device, machine_flops
 
 # ---- Configuration. Plain literals only: programs read and vary this block. ----
 
@@ -77,10 +80,16 @@ MUON_BETA2 = 0.95  # Muon second moment (NorMuon)
 # Schedule and loop
 COOLDOWN = 0.75  # last share of the budget, over which learning rates fall linearly
 FINAL_LR = 0.05  # learning rates end at this share
-DEVICE_TOKENS = 262144  # tokens per forward pass on a GPU; halved at start-up until they fit
+DEVICE_TOKENS = 131072  # tokens per forward pass on a GPU; halved at start-up until they fit
 CPU_TOKENS = 2048  # tokens per forward pass on a CPU
 LOG_EVERY = 10  # steps between reading the loss, which makes the CPU wait for the GPU
 MAX_LOSS = 100.0  # a loss beyond this has diverged
+# Attention kernels of a GPU, as torch.nn.attention.SDPBackend names them: the first that can do a call does it.
+ATTENTION_KERNELS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+CUDNN_CAPABILITY = (9, 10)  # major compute capabilities on which cuDNN may come first: H100, B200 and their like
+# How CUDA, its libraries and Triton say that the GPU's memory is full, besides torch's own OutOfMemoryError. cuBLAS and
+# cuDNN cannot always tell: a handle that finds no memory was "not initialized".
+OUT_OF_MEMORY = r"out of memory|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
 
 # Optimal quintic iterations towards the polar factor (Polar Express, arXiv 2505.16932), five steps.
 POLAR_EXPRESS = (
@@ -380,16 +389,21 @@ def update(adamw, muon, step, progress):
 
 
 def fast_attention(device):
-    """Context that picks attention kernels: cuDNN first on a GPU, plain bfloat16 products on a CPU.
+    """Context that picks attention kernels: the fastest that are right on a GPU, plain bfloat16 products on a CPU.
 
-    At the lengths a CPU can train, its fused kernel is slower than the products it avoids storing. Kept outside the
-    model so that the exported forward leaves the choice to whoever runs it.
+    At the lengths a CPU can train, its fused kernel is slower than the products it avoids storing. cuDNN's gradients
+    were NaN for some shapes on cards other than those of CUDNN_CAPABILITY (pytorch#196678). Kept outside the model so
+    that the exported forward leaves the choice to whoever runs it.
     """
     if device.type == "cpu":
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the switch covers the CPU despite its name
-        return sdpa_kernel(SDPBackend.MATH)
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+        names = ["MATH"]
+    else:
+        trusted = torch.cuda.get_device_capability(device)[0] in CUDNN_CAPABILITY
+        names = [name for name in ATTENTION_KERNELS if trusted or name != "CUDNN_ATTENTION"]
+    # The key of the compiler's cache lacks this choice: without a tag it would serve code of other kernels.
+    torch.compiler.config.cache_key_tag = " ".join(names)
+    return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
 def make_loss(model, compiled):
@@ -402,27 +416,47 @@ def make_loss(model, compiled):
     return torch.compile(loss, dynamic=False) if compiled else loss
 
 
-def warm_up(model, loss_of, rows, device):
-    """Compile and claim memory on random tokens, before the clock starts; returns the rows per pass that fit.
+def rehearse(model, loss_of, rows, device):
+    """Compile and claim memory: two passes and steps on random tokens, which teach the model nothing.
 
-    Nothing here teaches the model: gradients are dropped, the optimiser runs at learning rate zero and is thrown away.
+    The second pass meets gradients of the first and the optimisers' state, as every later pass will. Learning rates
+    are zero, and gradients and optimisers are thrown away.
+    """
+    text = torch.randint(TASK.vocab_size, (rows, TASK.seq_len + 1), device=device)
+    # Cut as batches() cuts: code that was compiled for other strides, or for x that is y, would be compiled again.
+    x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    adamw, muon = make_adamw(model), Muon(list(model.blocks.parameters()))
+    for group in adamw.param_groups:
+        group["lr"] = 0.0
+    try:
+        for _ in range(2):
+            loss_of(x, y).backward()
+            adamw.step()
+            muon.step(0.0, 0.0, 0.0)
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def warm_up(model, loss_of, rows, device):
+    """Rehearse before the clock starts, with `rows` rows per pass or half as often as it takes; returns how many fit.
+
+    Exits with status 1 where a single row does not fit.
     """
     while True:
-        tokens = torch.randint(TASK.vocab_size, (rows, TASK.seq_len), device=device)
         try:
-            for _ in range(2):
-                loss_of(tokens, tokens).backward()
-            Muon(list(model.blocks.parameters())).step(0.0, 0.0, 0.0)
+            rehearse(model, loss_of, rows, device)
             return rows
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)):
+                raise
             if rows == 1:
                 sys.exit("train.py: out of memory with a single row per forward pass; the model has to shrink")
-        finally:
-            model.zero_grad(set_to_none=True)
+            said = str(error).partition("\n")[0]
         rows //= 2
         torch.compiler.reset()
+        gc.collect()  # an error may lie in a cycle with the frames that hold its tensors
         torch.cuda.empty_cache()
-        print(f"out of memory: trying {rows} rows per forward pass")
+        print(f"out of memory ({said}): trying {rows} rows per forward pass", flush=True)
 
 
 def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
@@ -471,15 +505,15 @@ def main():
     keep_freed_memory()
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = device()
     peak_flops = machine_flops()
     depth, dim, head_dim, batch_tokens = size_for(peak_flops * EXPECTED_MFU * TASK.time_budget)
-    model = GPT(TASK.vocab_size, TASK.seq_len, depth, dim, head_dim).to(device)
-    loss_of = make_loss(model, compiled=device.type == "cuda")
+    model = GPT(TASK.vocab_size, TASK.seq_len, depth, dim, head_dim).to(place)
+    loss_of = make_loss(model, compiled=place.type == "cuda")
     batch_rows = batch_tokens // TASK.seq_len
-    rows = max(1, (DEVICE_TOKENS if device.type == "cuda" else CPU_TOKENS) // TASK.seq_len)
-    with fast_attention(device):
-        rows = warm_up(model, loss_of, min(rows, batch_rows), device)
+    rows = max(1, (DEVICE_TOKENS if place.type == "cuda" else CPU_TOKENS) // TASK.seq_len)
+    with fast_attention(place):
+        rows = warm_up(model, loss_of, min(rows, batch_rows), place)
     passes = batch_rows // rows
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     print(f"{size}: depth {depth}, width {dim}; {passes} x {rows} rows of {TASK.seq_len} tokens per step", flush=True)
@@ -490,7 +524,7 @@ def main():
     gc.freeze()
     gc.disable()
     run = begin(model)
-    with fast_attention(device):
+    with fast_attention(place):
         steps, tokens, mfu = train(run, model, loss_of, adamw, muon, rows, passes, peak_flops)
     print(f"done: {steps} steps, {tokens / 1e6:.1f}M tokens, {size}, MFU {mfu:.1%}", flush=True)
     run.submit(model)

@@ -1,18 +1,27 @@
 """train.py: what the baseline promises, checked against formulas written out here rather than stored numbers."""
 
+import functools
 import math
 import operator
 import os
+import runpy
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from conftest import TINY  # noqa: E402
+
+import prepare  # noqa: E402
 import train  # noqa: E402
 
 T, V = 64, 128
@@ -186,6 +195,24 @@ def test_the_sizing_rule_finds_the_known_best_sizes(monkeypatch):
     assert size(800e12, 300, 2048) == (9, 640, 128, 2**18)
     depth, dim, _, batch = size(7.7e11, 60, 256)
     assert (depth, dim, batch) == (2, 128, 2**11)
+
+
+@pytest.mark.parametrize(
+    "card, teraflops, size",
+    [
+        ("RTX 3060", 25, (5, 384, 2**15)),
+        ("RTX 3070", 40, (6, 384, 2**15)),
+        ("RTX 3090", 71, (6, 384, 2**16)),
+        ("RTX 4090", 165, (7, 512, 2**16)),
+        ("A100", 270, (8, 512, 2**17)),
+        ("H100", 800, (9, 640, 2**18)),
+        ("B200", 1700, (11, 768, 2**18)),
+    ],
+)
+def test_known_cards_get_these_sizes_for_climbmix(monkeypatch, card, teraflops, size):
+    monkeypatch.setattr(train, "TASK", prepare.TASKS["climbmix"])
+    depth, dim, _, batch = train.size_for(teraflops * 1e12 * train.EXPECTED_MFU * 300)
+    assert (depth, dim, batch) == size
 
 
 def test_more_compute_never_means_a_smaller_model_or_batch():
@@ -365,6 +392,174 @@ def test_running_out_of_memory_in_warm_up_halves_the_rows_until_they_fit():
 
     with pytest.raises(SystemExit, match="out of memory"):
         train.warm_up(model, insatiable, 4, torch.device("cpu"))
+
+
+# How libraries say that the GPU's memory is full (sources of torch and Triton, reports), and what only sounds like it.
+FULL = (
+    "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the documentation",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+NOT_FULL = (
+    "out of resource: shared memory, Required: 262144, Hardware limit: 101376. Reducing block sizes may help.",
+    "CUDA error: device-side assert triggered",
+    "CUDA error: uncorrectable ECC error encountered",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+)
+
+
+@pytest.mark.parametrize("words", FULL)
+def test_libraries_that_run_out_of_memory_in_words_of_their_own_are_understood(words, capsys):
+    model = small_model(1)
+    loss_of, limit = train.make_loss(model, compiled=False), 1
+
+    def hungry(x, y):
+        if len(x) > limit:
+            raise RuntimeError(words)
+        return loss_of(x, y)
+
+    assert train.warm_up(model, hungry, 2, torch.device("cpu")) == 1
+    assert capsys.readouterr().out == f"out of memory ({words.splitlines()[0]}): trying 1 rows per forward pass\n"
+    limit = 0
+    with pytest.raises(SystemExit, match="out of memory with a single row"):
+        train.warm_up(model, hungry, 1, torch.device("cpu"))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("words", NOT_FULL)
+def test_other_faults_in_warm_up_are_not_taken_for_a_lack_of_memory(words):
+    def faulty(x, y):
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError) as fault:
+        train.warm_up(small_model(1), faulty, 8, torch.device("cpu"))
+    assert str(fault.value) == words
+
+
+class MemoryPeak(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make within it, and the most that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.most = set(), 0, 0
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (key := (storage := tensor.untyped_storage())._cdata) not in self.alive
+            ):
+                self.alive.add(key)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.free, key, storage.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_what_fits_in_warm_up_fits_after_it(passes):
+    model, run = small_model(2), FakeRun(3)
+    loss_of = train.make_loss(model, compiled=False)
+    with MemoryPeak() as warm_up:
+        rows = train.warm_up(model, loss_of, 2, torch.device("cpu"))
+    with MemoryPeak() as training:
+        adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+        train.train(run, model, loss_of, adamw, muon, rows, passes, 1e12)
+    weights = sum(4 * p.numel() for p in model.parameters())
+    assert training.most > 3 * weights  # gradients and the optimisers' state alone
+    assert training.most <= warm_up.most + 4096  # scalars, such as the loss
+
+
+class CompiledMuon(train.Muon):
+    """Muon as it is on CUDA."""
+
+    def __init__(self, matrices):
+        super().__init__(matrices)
+        self.update = torch.compile(train.muon_update, dynamic=False)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_nothing_is_compiled_after_warm_up(monkeypatch, cache, rows):
+    for module in (train, prepare):
+        monkeypatch.setattr(module, "TASK", TINY)
+    monkeypatch.setattr(train, "Muon", CompiledMuon)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    model = train.GPT(TINY.vocab_size, TINY.seq_len, 1, 64, 32)
+    loss_of, before = train.make_loss(model, compiled=True), counters["stats"]["unique_graphs"]
+    with train.fast_attention(torch.device("cpu")):
+        assert train.warm_up(model, loss_of, rows, torch.device("cpu")) == rows
+    warm = counters["stats"]["unique_graphs"]
+    adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+    run = prepare.begin(model)
+    with train.fast_attention(torch.device("cpu")):
+        steps, *_ = train.train(run, model, loss_of, adamw, muon, rows, 2, 1e12)
+    assert steps > 2 and warm > before
+    assert counters["stats"]["unique_graphs"] == warm
+
+
+# Attention kernels
+
+
+@pytest.mark.parametrize(
+    "capability, first",
+    [((9, 0), "CUDNN"), ((10, 3), "CUDNN"), ((8, 0), "FLASH"), ((8, 9), "FLASH"), ((12, 0), "FLASH")],
+)
+def test_cudnn_attention_comes_first_only_on_cards_where_it_is_right(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with train.fast_attention(torch.device("cuda")):
+        order = [torch.nn.attention.SDPBackend(number).name for number in torch._C._get_sdp_priority_order()]
+        assert order[0] == f"{first}_ATTENTION"
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (first == "CUDNN")
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def test_the_compile_cache_tells_orders_of_attention_kernels_apart(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    q = torch.randn(1, 2, 16, 8)
+
+    def compiled_afresh(*kernels):
+        """Whether code was made, not found, when these kernels may serve in this order."""
+        monkeypatch.setattr(train, "ATTENTION_KERNELS", kernels)
+        torch.compiler.reset()
+        misses = counters["inductor"]["fxgraph_cache_miss"]
+        with train.fast_attention(torch.device("cuda")), torch.no_grad():
+            torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), dynamic=False)(q)
+        return counters["inductor"]["fxgraph_cache_miss"] > misses
+
+    assert compiled_afresh("FLASH_ATTENTION", "MATH")
+    assert not compiled_afresh("FLASH_ATTENTION", "MATH")
+    assert compiled_afresh("MATH", "FLASH_ATTENTION")
+
+
+@pytest.mark.parametrize("wsl", [False, True])
+def test_memory_grows_in_segments_but_on_wsl(monkeypatch, wsl):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: wsl if path == "/dev/dxg" else exists(path))
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent))
+    runpy.run_path(train.__file__)
+    assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None) == (None if wsl else "expandable_segments:True")
+
+
+def test_a_missing_gpu_ends_the_program_before_anything_is_sized_by_it(monkeypatch):
+    def gone():
+        raise SystemExit("there is no GPU")
+
+    monkeypatch.setattr(train, "device", gone)
+    monkeypatch.setattr(train, "machine_flops", lambda: pytest.fail("it went on"))
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        train.main()
 
 
 def test_main_trains_and_submits_the_plain_model(monkeypatch, capsys):
