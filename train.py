@@ -8,8 +8,8 @@ must stay free of side effects. Lower val_bpb within the time budget is better.
 
 import os
 
-# Before torch is imported: growing segments keep a nearly full GPU from failing on fragmentation. WSL2, where the GPU is
-# /dev/dxg, has drivers that promise them and then fail (pytorch#192330).
+# Before torch is imported: growing segments keep a nearly full GPU from failing on fragmentation. On WSL2, known by its
+# /dev/dxg, drivers may promise them and then fail (pytorch#192330).
 if not os.path.exists("/dev/dxg"):
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
