@@ -40,6 +40,7 @@ aten = torch.ops.aten
 # Memory in GiB, dense bfloat16 products as they are measured, compute capability.
 Card = namedtuple("Card", "name memory teraflops capability")
 CARDS = (
+    Card("RTX 3050", 4, 18, (8, 6)),
     Card("RTX 3070", 8, 40, (8, 6)),
     Card("RTX 3060", 12, 25, (8, 6)),
     Card("RTX 3090", 24, 71, (8, 6)),
@@ -200,7 +201,8 @@ def pretend(capability):
     triton_helpers.set_driver_to_gpu = lambda: None
 
     def count(autotuner):  # in place of loading the compiled kernels
-        taken = [result.kernel.metadata.shared for result in autotuner.compile_results]
+        made = [result.kernel for result in autotuner.compile_results]
+        taken = [getattr(kernel, "metadata", kernel).shared for kernel in made]
         kernels.append((autotuner.fn.__name__, len(taken), sum(n > SHARED_MEMORY[capability] for n in taken)))
 
     triton_heuristics.CachingAutotuner._make_launchers = count

@@ -1,39 +1,179 @@
-"""Runs the CUDA path for a few minutes and prints a table for the README; by hand: python tests/gpu_smoke.py
+"""Shows in five minutes whether all is well on a GPU, as a table for the README; by hand: python tests/gpu_smoke.py
 
-Two trials of the baseline on pycode from start to score; then climbmix's baseline on random tokens: step, memory, exam.
-Exits with 2 where there is no CUDA device, and with 1 if anything fails.
+The baseline at climbmix's size, on random tokens: nothing is fetched, and nothing is needed but what a trial needs.
+Exits with 2 where there is no CUDA device, and with 1 if a part failed or measured what it should not; the table tells
+which, and the other parts are measured all the same.
 """
 
 import base64
+import contextlib
+import dataclasses
+import json
+import os
 import sys
 import tempfile
 import time
+import traceback
+from collections import namedtuple
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # as in a trial, which also ends all other children of this process
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import prepare  # noqa: E402
 import train  # noqa: E402
 
-BUDGET = 60.0  # seconds of each trial
-STEPS = 20  # of climbmix's baseline
+# The task climbmix with a dataset of our own, and a quarter of its validation rows.
+TASK = dataclasses.replace(prepare.TASKS["climbmix"], name="smoke", dataset="smoke", eval_tokens=10 * 2**19)
+EXAM_SHARE = TASK.eval_tokens / prepare.TASKS["climbmix"].eval_tokens
+TRAIN_ROWS = 8192
+BUDGET = 20.0  # seconds of each trial
+STEPS = 20  # of the baseline outside of a trial
+
+Row = namedtuple("Row", "what value fine", defaults=[True])
+
+# A train.py that needs CUDA and the compiler, and little else.
+SMALL = """
+import torch, torch.nn as nn, torch.nn.functional as F
+from prepare import TASK, begin, device
+
+place = device()
+model = nn.Sequential(nn.Embedding(TASK.vocab_size, 64), nn.GELU(), nn.Linear(64, TASK.vocab_size)).to(place)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+def loss_of(x, y):
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+loss_of = torch.compile(loss_of, backend="inductor" if place.type == "cuda" else "eager")
+x = torch.zeros(4, TASK.seq_len, dtype=torch.int64, device=place)
+loss_of(x, x.clone()).backward()
+run = begin(model)
+for step, (x, y) in enumerate(run.batches(4)):
+    optimizer.zero_grad()
+    loss_of(x, y).backward()
+    optimizer.step()
+    if run.progress >= 1:
+        break
+run.log(step=step)
+run.submit(model)
+"""
 
 
-class RandomRun:
-    """The exam board's side of a run, over random tokens; the clock advances by a step at every look."""
+def write_data(task, train_rows):
+    """Write random tokens into the cache as the data of `task`; returns the folder."""
+    folder = prepare.cache_root() / task.dataset
+    folder.mkdir(parents=True)
+    tokens = (i.to_bytes(2, "big") for i in range(task.vocab_size - 1))
+    (folder / "tokenizer.txt").write_bytes(b"".join(base64.b64encode(token) + b"\n" for token in tokens))
+    generator = torch.Generator().manual_seed(0)
+    for part, rows in (("train", train_rows), ("val", task.eval_rows)):
+        shape = rows, task.seq_len + 1
+        text = torch.randint(task.vocab_size, shape, dtype=torch.int32, generator=generator)
+        text.numpy().astype("uint16").tofile(folder / f"{part}.bin")
+    meta = {"task": dataclasses.asdict(task), "seq_len": task.seq_len, "vocab_size": task.vocab_size}
+    meta |= {"train": {"rows": train_rows}, "val": {"rows": task.eval_rows}}
+    for name, file in (("tokenizer", "tokenizer.txt"), ("val", "val.bin")):
+        meta[f"{name}_sha256"] = prepare.sha256(folder / file)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return prepare.verify(task)
 
-    def __init__(self, task, device, steps):
-        self.task, self.device, self.steps, self.looks = task, device, steps, 0
 
-    def batches(self, rows):
-        generator = torch.Generator(self.device).manual_seed(0)
-        shape = (rows, self.task.seq_len + 1)
-        while True:
-            text = torch.randint(self.task.vocab_size, shape, device=self.device, generator=generator)
-            yield text[:, :-1].contiguous(), text[:, 1:].contiguous()
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, device, repeats=5):
+    """Best wall time of function(), which has run once before."""
+    best, _ = float("inf"), function()
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts: each yields rows of the table
+
+
+def hold(train_py, out, task, flops, warm=None):
+    """The result of a trial; raises RuntimeError with what the candidate said where it failed."""
+    result = prepare.trial(train_py, out, task, 0, beat=0.0, flops=flops, warm=warm)
+    if result["outcome"] != "ok":
+        raise RuntimeError(f"the trial failed: {result['reason']}\n{(out / 'log.txt').read_text()}")
+    return result
+
+
+def sandbox(task, device, flops, scratch):
+    """A small train.py: whether device and compiler work under the sandbox, and how fast the examiner finds it."""
+    (scratch / "small.py").write_text(SMALL)
+    result = hold(scratch / "small.py", scratch / "small", dataclasses.replace(task, time_budget=2.0), flops)
+    yield Row(f"sandbox ({result['sandbox']}): a compiled model, steps in 2 s", result["steps"])
+    yield Row("sandbox: device of the exam", result["device"], device.type == "cpu" or "CPU" not in result["device"])
+    gap = result["matmul_flops"] / flops - 1
+    yield Row("sandbox: speed in the exam against the speed measured first", f"{gap:+.1%}", abs(gap) < 0.15)
+
+
+def trials(task, device, flops, scratch):
+    """Two trials of the baseline, the second with what the first has compiled, at the size of the whole budget."""
+    short, warm, cold = dataclasses.replace(task, time_budget=BUDGET), None, None
+    for kind in ("cold", "warm"):
+        told = flops * task.time_budget / BUDGET  # so that the size is that of the whole budget
+        result = hold(ROOT / "train.py", scratch / kind, short, told, warm)
+        for name in ("startup_seconds", "steps", "eval_seconds", "peak_vram_mb", "leak", "noise"):
+            yield Row(f"trial, {kind}: {name}", f"{result.get(name, float('nan')):.4g}")
+        late = result["total_seconds"] - result["training_seconds"] - result["startup_seconds"]
+        yield Row(f"trial, {kind}: seconds after training", f"{late:.1f}")
+        if cold:
+            share = result["startup_seconds"] / cold
+            yield Row("trial: start-up, warm against cold", f"{share:.0%}", share < 0.7)
+        warm, cold = scratch / kind, result["startup_seconds"]
+
+
+def attention(task, device, flops, scratch, heads=40, head_dim=128):
+    """Which kernel attends, whether its gradients are finite where scores are large, and the time of each kernel."""
+    chosen, attend = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, is_causal=False, scale=None):
+        choice = torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, is_causal, scale=scale)
+        chosen.append(SDPBackend(choice).name)
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+
+    for keys in (64, 512):
+        for kind, length, window in (("causal", keys, keys), ("masked", 4 * keys, keys // 2)):
+            shape = 4, heads, length, head_dim
+            inputs = [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(3)]
+            q, k, v = (tensor.requires_grad_() for tensor in (8 * train.norm(inputs[0]), *inputs[1:]))
+
+            def both(q=q, k=k, v=v, window=window):
+                return torch.autograd.grad(train.attend(q, k, v, window).square().sum(), (q, k, v))
+
+            what = f"attention, {kind}, {keys} keys"
+            with train.fast_attention(device):
+                with mock.patch.object(F, "scaled_dot_product_attention", spy):
+                    finite = all(grad.isfinite().all() for grad in both())
+                words = f"{1000 * seconds(both, device):.2f}, {'finite' if finite else 'NOT FINITE'} gradients"
+                yield Row(f"{what}: ms of {chosen[-1]}, which is chosen", words, finite)
+            for name in train.ATTENTION_KERNELS:
+                with sdpa_kernel(getattr(SDPBackend, name)), contextlib.suppress(RuntimeError):  # cannot do this one
+                    yield Row(f"{what}: ms of {name} alone", f"{1000 * seconds(both, device):.2f}")
+
+
+class ShortRun:
+    """A run that ends after so many steps instead of by its clock."""
+
+    def __init__(self, run, steps):
+        self.batches, self.steps, self.looks = run.batches, steps, 0
 
     def log(self, **values):
         pass
@@ -44,85 +184,146 @@ class RandomRun:
         return self.looks / self.steps
 
 
-def trials(scratch):
-    """Yield (what, value) of two trials of the same code and seed."""
-    task, scores = prepare.get_task("pycode", BUDGET), []
-    prepare.prepare(task)
-    for run in range(2):
-        result = prepare.trial(ROOT / "train.py", scratch / f"trial{run}", task, 0)
-        if result["outcome"] != "ok":
-            raise SystemExit(f"the trial failed: {result['reason']}\n{(scratch / f'trial{run}/log.txt').read_text()}")
-        scores.append(result["val_bpb"])
-        for name in ("val_bpb", "steps", "startup_seconds", "eval_seconds", "peak_vram_mb", "leak", "noise"):
-            yield f"pycode, {BUDGET:.0f} s, trial {run + 1}: {name}", f"{result[name]:.6g}"
-        overhead = result["total_seconds"] - result["training_seconds"]
-        yield f"pycode, {BUDGET:.0f} s, trial {run + 1}: seconds beyond training", f"{overhead:.1f}"
-    yield "pycode: difference of val_bpb between the two", f"{abs(scores[0] - scores[1]):.6f}"
-
-
-def baseline(task, device, flops):
-    """Train the baseline of `task` for STEPS steps on random tokens: (model, [(what, value)])."""
-    train.TASK = task
+def baseline(task, device, flops, scratch):
+    """The baseline of `task`, some steps outside of a trial: time, memory, what is compiled, and then its exam."""
+    train.TASK = prepare.TASK = task
     torch.manual_seed(0)
     depth, dim, head_dim, batch = train.size_for(flops * train.EXPECTED_MFU * task.time_budget)
     model = train.GPT(task.vocab_size, task.seq_len, depth, dim, head_dim).to(device)
     loss_of, batch_rows = train.make_loss(model, compiled=device.type == "cuda"), batch // task.seq_len
-    matrices = list(model.blocks.parameters())
     with train.fast_attention(device):
-        start = time.perf_counter()
-        rows = train.warm_up(model, loss_of, min(train.DEVICE_TOKENS // task.seq_len, batch_rows), device)
-        warm_up = time.perf_counter() - start
-        passes, optimisers = batch_rows // rows, (train.make_adamw(model), train.Muon(matrices))
-        run = RandomRun(task, device, STEPS)
-        *_, mfu = train.train(run, model, loss_of, *optimisers, rows, passes, flops)
-        flops_per_step = model.flops_per_token() * batch
-    return model, [
-        ("size", f"depth {depth}, width {dim}, {passes} x {rows} rows per step"),
-        ("seconds to compile and warm up", f"{warm_up:.1f}"),
-        ("milliseconds per step", f"{1000 * flops_per_step / (mfu * flops):.1f}"),
-        ("MFU against the measured rate", f"{mfu:.1%}"),
-    ]
+        start, rows = time.perf_counter(), min(train.DEVICE_TOKENS // task.seq_len, batch_rows)
+        rows = train.warm_up(model, loss_of, rows, device)
+        passes, graphs = batch_rows // rows, counters["stats"]["unique_graphs"]
+        yield Row("baseline", f"depth {depth}, width {dim}, {passes} x {rows} rows per step")
+        yield Row("baseline: seconds to compile and warm up", f"{time.perf_counter() - start:.1f}")
+        peak = yield from memory_rows("in warm-up", device)
+
+        optimisers = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+        start, run = time.perf_counter(), prepare.begin(model)
+        yield Row("baseline: seconds of begin()", f"{time.perf_counter() - start:.1f}")
+        *_, mfu = train.train(ShortRun(run, STEPS), model, loss_of, *optimisers, rows, passes, flops)
+        later = yield from memory_rows("in training", device, optimisers, peak)
+        yield Row("baseline: GB in training beyond those of warm-up", f"{(later - peak) / 1e9:.2f}", later < peak + 3e8)
+        step = model.flops_per_token() * batch / (mfu * flops)
+        yield Row("baseline: milliseconds per step", f"{1000 * step:.1f}")
+        yield Row("baseline: MFU against the measured rate", f"{mfu:.1%}")
+        compiled = counters["stats"]["unique_graphs"] - graphs
+        yield Row("baseline: graphs compiled after warm-up", compiled, compiled == 0)
+        batches = run.batches(rows)
+        loading = passes * seconds(lambda: next(batches), device)
+        yield Row("baseline: reading the data of a step, against the step", f"{loading / step:.1%}")
+        yield from exam(model, loss_of, next(batches), task, scratch)
 
 
-def exam(model, task, folder):
-    """Examine `model` on random rows of the task's shape: [(what, value)]."""
-    tokens = (i.to_bytes(2, "big") for i in range(task.vocab_size - 1))
-    (folder / "tokenizer.txt").write_bytes(b"".join(base64.b64encode(token) + b"\n" for token in tokens))
-    rows = torch.randint(task.vocab_size, (task.eval_rows, task.seq_len + 1), dtype=torch.int32)
-    rows.numpy().astype("uint16").tofile(folder / "val.bin")
+def memory_rows(when, device, optimisers=None, peak=None):
+    """Yield rows on the device's memory since the last call; returns the peak in bytes, 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    most, (free, total) = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()
+    yield Row(f"baseline: GB of memory at most {when}", f"{most / 1e9:.2f}")
+    yield Row(f"baseline: GB free {when}", f"{free / 1e9:.2f} of {total / 1e9:.2f}")
+    if optimisers:
+        adamw, muon = optimisers
+        tensors = [value for state in adamw.state.values() for value in state.values()]
+        tensors += [buffer for _, *buffers, _ in muon.groups for buffer in buffers]
+        yield Row("baseline: GB of the optimisers' state", f"{sum(tensor.nbytes for tensor in tensors) / 1e9:.2f}")
+    torch.cuda.reset_peak_memory_stats()
+    return most
+
+
+def exam(model, loss_of, batch, task, scratch):
+    """Seal, save and examine a trained model; compare the sealed program with the graph that was trained."""
+    start = time.perf_counter()
     program, constants = prepare.seal(model, task)
-    tensors = prepare.Run(program, constants, None, None)._tensors(model)
-    prepare.save_sealed(folder / "model.safetensors", program, tensors)
-    values = []
-    for what, beat in (("first exam", 0.0), ("closer exam", None)):
-        result = prepare.examine(folder / "model.safetensors", task, folder, beat)
-        values += [(f"{what}: {name}", f"{result[name]:.3g}") for name in ("eval_seconds", "leak", "noise")]
-    return values
+    yield Row("exam: seconds to seal", f"{time.perf_counter() - start:.1f}")
+    tensors = constants | dict(model.named_buffers(remove_duplicate=False))
+    tensors |= dict(model.named_parameters(remove_duplicate=False))
+    tensors = {name: tensors[name] for name in program["tensors"].values() if name is not None}
+    start, path = time.perf_counter(), scratch / "model.safetensors"
+    prepare.save_sealed(path, program, tensors)
+    words = f"{time.perf_counter() - start:.1f}, {path.stat().st_size / 1e6:.0f} MB"
+    yield Row("exam: seconds to save", words)
+
+    (x, y), forward, losses = batch, prepare.build_forward(program, tensors), []
+    trained = loss_of(x, y).item()
+    with torch.inference_mode():
+        for tokens, targets in zip(x.split(program["batch"]), y.split(program["batch"])):
+            logits = prepare.compute_logits(forward, tokens, task)
+            losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item())
+    gap = sum(losses) / y.numel() - trained
+    yield Row("exam: loss of the sealed program minus that of the trained graph", f"{gap:+.2e}", abs(gap) < 2e-3)
+    for what, beat in (("a score that is not kept", 0.0), ("a new best", None)):
+        result = prepare.examine(path, task, prepare.verify(task), beat)
+        words = f"{result['eval_seconds'] / EXAM_SHARE:.1f}, leak {result['leak']:.2g}, noise {result['noise']:.2g}"
+        yield Row(f"exam: seconds of {what}, from {EXAM_SHARE:.0%} of the rows", words)
+
+
+def out_of_memory(task, device, flops, scratch):
+    """Warm-up with too little memory for the rows it is given: it has to halve them until they fit."""
+    if device.type != "cuda":
+        return
+    train.TASK, rows, taken = task, 32, []
+    total = torch.cuda.get_device_properties(device).total_memory
+    try:
+        for _ in range(2):
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            model = train.GPT(task.vocab_size, task.seq_len, 1, 128, 64).to(device)
+            with train.fast_attention(device):
+                taken.append(train.warm_up(model, train.make_loss(model, compiled=True), rows, device))
+            torch.cuda.set_per_process_memory_fraction(0.4 * torch.cuda.max_memory_reserved() / total)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    fine = taken[0] == rows and 1 <= taken[1] <= rows // 2
+    yield Row(
+        "out of memory: rows per pass, and with 40 % of the memory that they took", f"{taken[0]}, {taken[1]}", fine
+    )
+
+
+# Trials come first: this process takes no memory of the device until then.
+PARTS = (sandbox, trials, attention, baseline, out_of_memory)
+
+
+def measure(parts, task, device, flops, scratch):
+    """The rows of all parts; that a part failed is a row as well."""
+    table = []
+    for part in parts:
+        print(f"{part.__name__} ...", file=sys.stderr, flush=True)
+        try:
+            table.extend(part(task, device, flops, scratch))
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            first_line = str(error).strip().partition("\n")[0]
+            table.append(Row(f"{part.__name__} FAILED", f"{type(error).__name__}: {first_line}", False))
+        if device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # of a broken device
+                torch.cuda.empty_cache()
+    return table
+
+
+def print_table(table):
+    print("\n| what | measured |\n|---|---|")
+    for what, value, fine in table:
+        print(f"| {what} | {value}{'' if fine else ' **WRONG**'} |")
 
 
 def main():
     if not torch.cuda.is_available():
         print("gpu_smoke.py: there is no CUDA device here; run it on a machine with an NVIDIA GPU", file=sys.stderr)
         return 2
-    device, task, flops = torch.device("cuda"), prepare.TASKS["climbmix"], prepare.machine_flops()
-    table = [
-        ("device", torch.cuda.get_device_name()),
-        ("torch", torch.__version__),
-        ("TFLOP/s of matrix products in bfloat16", f"{flops / 1e12:.1f}"),
-    ]
     with tempfile.TemporaryDirectory() as scratch:
-        table += trials(Path(scratch))
-        (first, measured), (second, _) = baseline(task, device, flops), baseline(task, device, flops)
-        measured.append(("GB of memory at most", f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"))
-        pairs = zip(first.parameters(), second.parameters())
-        gap = max((a - b).abs().max().item() for a, b in pairs)
-        measured.append((f"largest difference between weights after {STEPS} steps, twice", f"{gap:.3g}"))
-        del second
-        measured += exam(first, task, Path(scratch))
-        table += [(f"climbmix's baseline: {what}", value) for what, value in measured]
-    print("\n| what | measured |\n|---|---|")
-    print("\n".join(f"| {what} | {value} |" for what, value in table))
-    return 0
+        os.environ["AUTORESEARCH_CACHE"], tempfile.tempdir = f"{scratch}/cache", scratch
+        write_data(TASK, TRAIN_ROWS)
+        flops = prepare.machine_flops()
+        table = [
+            Row("device", f"{torch.cuda.get_device_name()}, torch {torch.__version__}"),
+            Row("TFLOP/s that sizes are chosen by", f"{flops / 1e12:.1f}"),
+            *measure(PARTS, TASK, torch.device("cuda"), flops, Path(scratch)),
+        ]
+    print_table(table)
+    return 0 if all(row.fine for row in table) else 1
 
 
 if __name__ == "__main__":
