@@ -246,10 +246,11 @@ def exam(model, loss_of, batch, task, scratch):
     yield Row("exam: seconds to save", words)
 
     (x, y), forward, losses = batch, prepare.build_forward(program, tensors), []
-    trained = loss_of(x, y).item()
+    trained, size = loss_of(x, y).item(), program["batch"]
     with torch.inference_mode():
-        for tokens, targets in zip(x.split(program["batch"]), y.split(program["batch"])):
-            logits = prepare.compute_logits(forward, tokens, task)
+        for tokens, targets in zip(x.split(size), y.split(size)):
+            filled = tokens.repeat(size, 1)[:size]  # a sealed program takes no fewer rows
+            logits = prepare.compute_logits(forward, filled, task)[: len(tokens)]
             losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item())
     gap = sum(losses) / y.numel() - trained
     yield Row("exam: loss of the sealed program minus that of the trained graph", f"{gap:+.2e}", abs(gap) < 2e-3)

@@ -1,0 +1,83 @@
+"""The scripts that look at GPUs, on a CPU: gpu_smoke.py at a small size, and what compile_cuda.py reads of memory."""
+
+import dataclasses
+
+import compile_cuda
+import gpu_smoke
+import pytest
+import torch
+
+import prepare
+import train
+
+SMALL = prepare.Task("smoke", "smoke", 64, 300, 2**13, 2.0, split_long=True)
+CPU, FLOPS = torch.device("cpu"), 2e11
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """measure(*parts): {what: row} of those parts on the CPU, over random tokens in a cache of their own."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_smoke, "EXAM_SHARE", 1.0)
+    monkeypatch.setattr(gpu_smoke, "STEPS", 3)
+    for module in (train, prepare):
+        monkeypatch.setattr(module, "TASK", SMALL)
+    gpu_smoke.write_data(SMALL, 64)
+    return lambda *parts: {row.what: row for row in gpu_smoke.measure(parts, SMALL, CPU, FLOPS, tmp_path)}
+
+
+def test_the_baseline_is_measured_from_warm_up_to_exam(measure):
+    rows = measure(gpu_smoke.baseline, gpu_smoke.out_of_memory)
+    assert all(row.fine for row in rows.values()), rows
+    assert rows["baseline: graphs compiled after warm-up"].value == 0
+    assert "leak 0, noise 0" in rows["exam: seconds of a new best, from 100% of the rows"].value
+
+
+def test_the_smoke_test_holds_a_trial_with_a_compiled_model(measure):
+    rows = measure(gpu_smoke.sandbox)
+    steps, device, speed = rows.values()
+    assert steps.value > 0 and "CPU" in device.value
+    assert not speed.fine  # no machine is as fast as it was told
+
+
+def test_attention_kernels_are_named_and_their_gradients_looked_at(measure):
+    rows = measure(lambda *given: gpu_smoke.attention(*given, heads=1, head_dim=32))
+    assert all(row.fine for row in rows.values())
+    for what in ("causal, 64", "causal, 512", "masked, 64", "masked, 512"):
+        assert f"attention, {what} keys: ms of MATH, which is chosen" in rows
+        assert f"attention, {what} keys: ms of FLASH_ATTENTION alone" in rows
+
+
+def test_the_table_is_printed_where_a_part_fails(measure, capsys):
+    def broken(*given):
+        yield gpu_smoke.Row("before", 1)
+        raise RuntimeError("CUDA error: uncorrectable ECC error\nmore")
+
+    def fine(*given):
+        yield gpu_smoke.Row("after", 2)
+
+    rows = measure(broken, fine)
+    gpu_smoke.print_table(rows.values())
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        "| before | 1 |",
+        "| broken FAILED | RuntimeError: CUDA error: uncorrectable ECC error **WRONG** |",
+        "| after | 2 |",
+    ]
+
+
+def test_twice_the_rows_keep_twice_the_memory_and_deep_models_more():
+    task = dataclasses.replace(compile_cuda.TASK, seq_len=256)
+
+    def saved(depth, rows):
+        forward, _, held = compile_cuda.trace_step(task, (depth, 128, 64, 0), rows, (8, 6))
+        return compile_cuda.saved_bytes(forward), held
+
+    (once, held), (twice, _) = saved(2, 4), saved(2, 8)
+    assert twice == pytest.approx(2 * once, rel=0.03)
+    # At least the activations that no recomputation replaces: inputs of the products of each layer, and the logits.
+    assert once > 4 * 256 * 2 * (2 * (128 + 3 * 128 + 128 + 2 * 512) + 8192)
+    # Weights, gradients, and the two moments of AdamW or the one of Muon.
+    model = train.GPT(8192, 256, 2, 128, 64)
+    matrices = sum(p.numel() for p in model.blocks.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    assert held == pytest.approx(4 * (4 * everything - matrices), rel=0.01)
