@@ -37,17 +37,17 @@ import train  # noqa: E402
 TASK = prepare.TASKS["climbmix"]
 aten = torch.ops.aten
 
-# Memory in GiB, dense bfloat16 products as they are measured, compute capability.
+# Memory in GiB, dense bfloat16 products in TFLOP/s, compute capability.
 Card = namedtuple("Card", "name memory teraflops capability")
 CARDS = (
     Card("RTX 3050", 4, 18, (8, 6)),
-    Card("RTX 3070", 8, 40, (8, 6)),
-    Card("RTX 3060", 12, 25, (8, 6)),
-    Card("RTX 3090", 24, 71, (8, 6)),
-    Card("RTX 4090", 24, 165, (8, 9)),
-    Card("A100 40 GB", 40, 270, (8, 0)),
-    Card("A100 80 GB", 80, 270, (8, 0)),
-    Card("H100", 80, 800, (9, 0)),
+    Card("RTX 3070", 8, 41, (8, 6)),
+    Card("RTX 3060", 12, 26, (8, 6)),
+    Card("RTX 3090", 24, 76, (8, 6)),
+    Card("RTX 4090", 24, 163, (8, 9)),
+    Card("A100 40 GB", 40, 265, (8, 0)),
+    Card("A100 80 GB", 80, 265, (8, 0)),
+    Card("H100", 80, 785, (9, 0)),
 )
 SHARED_MEMORY = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448}  # bytes that a block may take
 CONTEXT = 0.8e9  # bytes that CUDA, its libraries and the code of kernels take beside all tensors

@@ -65,19 +65,19 @@ def test_the_table_is_printed_where_a_part_fails(measure, capsys):
     ]
 
 
-def test_twice_the_rows_keep_twice_the_memory_and_deep_models_more():
+def test_the_memory_of_a_pass_grows_with_its_rows_and_holds_all_that_must_be_kept():
     task = dataclasses.replace(compile_cuda.TASK, seq_len=256)
 
-    def saved(depth, rows):
-        forward, _, held = compile_cuda.trace_step(task, (depth, 128, 64, 0), rows, (8, 6))
+    def saved(rows):
+        forward, _, held = compile_cuda.trace_step(task, (1, 128, 64, 0), rows, (8, 6))
         return compile_cuda.saved_bytes(forward), held
 
-    (once, held), (twice, _) = saved(2, 4), saved(2, 8)
-    assert twice == pytest.approx(2 * once, rel=0.03)
-    # At least the activations that no recomputation replaces: inputs of the products of each layer, and the logits.
-    assert once > 4 * 256 * 2 * (2 * (128 + 3 * 128 + 128 + 2 * 512) + 8192)
+    (once, held), (twice, _) = saved(4), saved(8)
+    assert 1.85 * once < twice < 2 * once  # the weights in bfloat16 are kept as well
+    # What no recomputation replaces: inputs of the products and of attention, the MLP before its ReLU, the logits.
+    assert once > 4 * 256 * 2 * (128 + 3 * 128 + 128 + 2 * 512 + 8192)
     # Weights, gradients, and the two moments of AdamW or the one of Muon.
-    model = train.GPT(8192, 256, 2, 128, 64)
+    model = train.GPT(8192, 256, 1, 128, 64)
     matrices = sum(p.numel() for p in model.blocks.parameters())
     everything = sum(p.numel() for p in model.parameters())
     assert held == pytest.approx(4 * (4 * everything - matrices), rel=0.01)
