@@ -130,8 +130,9 @@ def trials(task, device, flops, scratch):
     for kind in ("cold", "warm"):
         told = flops * task.time_budget / BUDGET  # so that the size is that of the whole budget
         result = hold(ROOT / "train.py", scratch / kind, short, told, warm)
-        for name in ("startup_seconds", "steps", "eval_seconds", "peak_vram_mb", "leak", "noise"):
-            yield Row(f"trial, {kind}: {name}", f"{result.get(name, float('nan')):.4g}")
+        for name in ("startup_seconds", "steps", "eval_seconds", "peak_vram_mb", "leak"):
+            if name in result:
+                yield Row(f"trial, {kind}: {name}", f"{result[name]:.4g}")
         late = result["total_seconds"] - result["training_seconds"] - result["startup_seconds"]
         yield Row(f"trial, {kind}: seconds after training", f"{late:.1f}")
         if cold:
@@ -256,7 +257,7 @@ def exam(model, loss_of, batch, task, scratch):
     yield Row("exam: loss of the sealed program minus that of the trained graph", f"{gap:+.2e}", abs(gap) < 2e-3)
     for what, beat in (("a score that is not kept", 0.0), ("a new best", None)):
         result = prepare.examine(path, task, prepare.verify(task), beat)
-        words = f"{result['eval_seconds'] / EXAM_SHARE:.1f}, leak {result['leak']:.2g}, noise {result['noise']:.2g}"
+        words = f"{result['eval_seconds'] / EXAM_SHARE:.1f}, leak {result['leak']:.2g}"
         yield Row(f"exam: seconds of {what}, from {EXAM_SHARE:.0%} of the rows", words)
 
 
