@@ -903,30 +903,78 @@ def device():
 # The sealed model: the forward as a list of pure operator calls, and nothing else
 #
 # A submission is one safetensors file: the weights, and in its header a JSON program whose every step calls one
-# operator of the list below. Neither can carry code, so there is nothing to unpickle, import or evaluate. No operator
-# of the list writes to its inputs, draws random numbers or sees memory that it was not given (as_strided and empty
-# could read the targets), so a program has no state and its logits are a function of its tokens.
+# operator of the list below. Neither can carry code, so there is nothing to unpickle, import or evaluate. The list is
+# what export makes of honest models (tests/zoo.py), overload by overload: none writes to its inputs, draws random
+# numbers or hands out memory that it was not given or has not written (as_strided and empty could read the targets),
+# so a program has no state and its logits are a function of its tokens.
 
-OPERATORS = set(
+OPERATORS = frozenset(
     """
-    _conj _fft_c2c _fft_c2r _fft_r2c _log_softmax _softmax _to_copy _unsafe_view abs acos add addcdiv addcmul addmm
-    alias all amax amin any arange argmax argmin argsort asin atan atan2 baddbmm bitwise_and bitwise_left_shift
-    bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm bucketize cat ceil celu chunk clamp clamp_max clamp_min
-    clone complex constant_pad_nd contiguous conv1d conv2d convolution copysign cos cosh cumprod cumsum detach
-    diagonal div einsum elu embedding eq erf exp exp2 expand expand_as expm1 eye fft_fft fft_ifft fft_irfft fft_rfft
-    flatten flip floor floor_divide fmod full full_like gather ge gelu glu gt hardsigmoid hardswish hardtanh hypot
-    index index_add index_copy index_fill index_put index_select isfinite isinf isnan layer_norm le leaky_relu lerp
-    lift_fresh_copy linear linspace log log10 log1p log2 log_sigmoid_forward log_softmax logaddexp logcumsumexp
-    logical_and logical_not logical_or logical_xor logit logsumexp lt masked_fill masked_scatter matmul max maximum
-    mean median min minimum mish mm movedim mul mv narrow native_group_norm native_layer_norm ne neg new_full new_ones
-    new_zeros norm one_hot ones ones_like outer pad permute pow prelu prod real reciprocal relu remainder repeat
-    repeat_interleave reshape rms_norm roll round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter
-    scatter_add scatter_reduce select select_scatter sgn sigmoid sign silu sin sinh slice slice_scatter softmax
-    softplus sort split split_with_sizes sqrt square squeeze stack std sub sum t take_along_dim tan tanh tensor_split
-    tile topk transpose tril triu trunc type_as unbind unflatten unfold unsqueeze upsample_nearest1d var var_mean view
-    view_as view_as_complex view_as_real where xlogy zeros zeros_like __and__ __or__ __xor__ __lshift__ __rshift__
+    __and__.Scalar __and__.Tensor __lshift__.Scalar __lshift__.Tensor __or__.Scalar __or__.Tensor __rshift__.Scalar
+    __rshift__.Tensor __xor__.Tensor _conj.default _to_copy.default _unsafe_view.default abs.default acos.default
+    add.Tensor addcdiv.default addcmul.default addmm.default alias.default all.default all.dim amax.default
+    amin.default aminmax.default angle.default any.default any.dim arange.default arange.start arange.start_step
+    argmax.default argmin.default argsort.default argsort.stable asin.default atan.default atan2.default
+    avg_pool1d.default baddbmm.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor_Scalar
+    bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bitwise_right_shift.Tensor_Scalar bitwise_xor.Tensor
+    bmm.default bucketize.Tensor cat.default ceil.default celu.default clamp.Tensor clamp.default clamp_max.default
+    clamp_min.default clip.default clone.default complex.default concat.default conv1d.default conv1d.padding
+    conv2d.default copy.default copysign.Tensor cos.default cosh.default cosine_similarity.default
+    count_nonzero.default cummax.default cummin.default cumprod.default cumsum.default detach.default diag.default
+    diag_embed.default diagonal.default diff.default div.Tensor div.Tensor_mode dot.default einsum.default
+    elu.default embedding.default eq.Scalar eq.Tensor erf.default exp.default exp2.default expand.default
+    expm1.default eye.default fft_fft.default fft_ifft.default fft_irfft.default fft_rfft.default fill.Tensor
+    flip.default floor.default floor_divide.default fmod.Scalar full.default full_like.default gather.default
+    ge.Scalar ge.Tensor gelu.default glu.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.default
+    hardswish.default hardtanh.default hypot.default im2col.default index.Tensor index_add.default
+    index_copy.default index_fill.int_Scalar index_put.default index_select.default inner.default isfinite.default
+    isin.Tensor_Tensor isinf.default isnan.default kron.default layer_norm.default le.Scalar le.Tensor
+    leaky_relu.default lerp.Scalar lerp.Tensor linalg_vector_norm.default linear.default linspace.default
+    log.default log10.default log1p.default log2.default log_sigmoid.default log_softmax.int logaddexp.default
+    logcumsumexp.default logical_and.default logical_not.default logical_or.default logical_xor.default
+    logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_scatter.default matmul.default max.default
+    max.dim max_pool1d.default maximum.default mean.default mean.dim median.dim meshgrid.indexing min.default
+    min.dim minimum.default mish.default mm.default mul.Tensor mv.default nan_to_num.default ne.Scalar ne.Tensor
+    neg.default new_full.default new_ones.default new_zeros.default one_hot.default ones.default ones_like.default
+    outer.default pad.default permute.default polar.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
+    prelu.default prod.default prod.dim_int reciprocal.default relu.default relu6.default remainder.Scalar
+    repeat.default repeat_interleave.self_int rms_norm.default roll.default rot90.default round.decimals
+    round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default scaled_dot_product_attention.default
+    scatter.src scatter.value scatter_add.default scatter_reduce.two searchsorted.Tensor select.int
+    select_scatter.default selu.default sgn.default sigmoid.default sign.default silu.default sin.default
+    sinh.default slice.Tensor slice_scatter.default softmax.int softplus.default sort.default sort.stable
+    special_expit.default special_logit.default split.Tensor split_with_sizes.default sqrt.default square.default
+    squeeze.default squeeze.dim squeeze.dims stack.default std.correction std.dim std_mean.dim sub.Tensor
+    sum.default sum.dim_IntList t.default take_along_dim.default tan.default tanh.default tensordot.default
+    threshold.default tile.default topk.default transpose.int tril.default triu.default true_divide.Tensor
+    trunc.default type_as.default unbind.int unfold.default unsqueeze.default upsample_nearest1d.vec var.correction
+    var.dim var_mean.dim view.default view_as_complex.default view_as_real.default vstack.default where.ScalarOther
+    where.ScalarSelf where.self xlogy.Tensor zeros.default zeros_like.default
     """.split()
 )
+
+# Before the clock, and before the operators see them, numbers are bounded such that no product of two can wrap around.
+MOST_ELEMENTS = 2**31  # of a tensor, and of each of its dimensions
+MOST_CALLS = 200_000  # of a program
+MOST_TENSORS = 50_000  # of a program, and of one list of arguments
+HEADER_LIMIT = 2**25  # bytes of the safetensors header, which holds the program
+# In safetensors' names, and in torch's. Others (8 bits and fewer, quantised, half complex) have kernels few have tried.
+STORED_DTYPES = frozenset("BOOL U8 I8 I16 I32 I64 F16 BF16 F32 F64 C64".split())
+DTYPES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
+CONSTANTS = {  # by their type in an operator's schema and their kind in JSON: what may be named
+    ("ScalarType", "dtype"): DTYPES,
+    ("Layout", "layout"): ("strided",),
+    ("MemoryFormat", "memory_format"): ("contiguous_format", "preserve_format"),
+}
+WORDS = {  # that an argument of this name may be
+    "approximate": ("none", "tanh"),
+    "indexing": ("ij", "xy"),
+    "mode": ("constant",),  # circular padding returns memory that nothing has written
+    "norm": ("backward", "ortho", "forward"),
+    "padding": ("same", "valid"),
+    "reduce": ("sum", "prod", "mean", "amax", "amin"),
+    "rounding_mode": ("trunc", "floor"),
+}
 
 
 def exam_batch(task, device):
@@ -940,16 +988,13 @@ def find_operator(name):
     """The aten operator called 'name.overload'; raises Refused for all that the list above does not hold."""
     import torch
 
-    packet, _, overload = str(name).partition(".")
-    if packet not in OPERATORS:
-        raise Refused(f"operator {packet[:80]!r} is not allowed in the forward")
-    packet = getattr(torch.ops.aten, packet)
-    if overload not in packet.overloads():
-        raise Refused(f"operator {name[:80]!r} does not exist")
-    operator = getattr(packet, overload)
-    if operator._schema.is_mutable:
-        raise Refused(f"operator {name!r} writes to its inputs; the forward must be pure")
-    return attention if name == "scaled_dot_product_attention.default" else operator
+    if name not in OPERATORS:
+        raise Refused(f"operator {str(name)[:80]!r} is not allowed in the forward")
+    packet, _, overload = name.partition(".")
+    packet = getattr(torch.ops.aten, packet, None)
+    if packet is None or overload not in packet.overloads():
+        raise Refused(f"operator {name!r} does not exist in torch {torch.__version__}")
+    return getattr(packet, overload)
 
 
 def encode_argument(value, slots):
@@ -970,24 +1015,52 @@ def encode_argument(value, slots):
     raise Refused(f"the forward uses a value that is not fixed at export ({value!r})")
 
 
-def decode_argument(value, slots, device):
-    """Inverse of encode_argument, for hostile input: raises Refused for anything else."""
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Stands in the arguments of a call for the tensor that an earlier call left."""
+
+    number: int
+
+
+def fits(value, kind, name):
+    """Whether a plain JSON `value` may be the argument `name`, whose type in the operator's schema is `kind`."""
+    if kind == "bool":
+        return type(value) is bool and not (value and name == "pin_memory")
+    if kind == "int":
+        return type(value) is int and (abs(value) <= MOST_ELEMENTS or (name == "end" and value == 2**63 - 1))
+    if kind == "float":
+        return type(value) is float or (type(value) is int and abs(value) <= 2**53)
+    if kind == "number" or (kind == "Tensor" and name in ("other", "exponent")):  # x + 2 is a sum of two tensors
+        return type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63)
+    if name == "equation":
+        return type(value) is str and len(value) < 200 and re.fullmatch(r"[A-Za-z.,> -]*", value)
+    return kind == "str" and value in WORDS.get(name, ())
+
+
+def decode_argument(value, kind, name, device):
+    """Inverse of encode_argument, for hostile input: a constant, a Slot or a list of them.
+
+    kind: the type of the argument `name` in its operator's schema. Raises Refused for what does not fit.
+    """
     import torch
 
-    if isinstance(value, list):
-        return [decode_argument(item, slots, device) for item in value]
-    if not isinstance(value, dict):
-        return value
-    (kind, content), *more = value.items() or [("nothing", None)]
-    if not more and kind == "slot" and type(content) is int and content in slots:
-        return slots[content]
-    if not more and kind == "device":
-        return device
-    if not more and kind in ("dtype", "layout", "memory_format"):
-        decoded = getattr(torch, content, None) if isinstance(content, str) else None
-        if isinstance(decoded, getattr(torch, kind)):
+    if kind.startswith("Optional["):
+        return None if value is None else decode_argument(value, kind[9:-1], name, device)
+    if kind.startswith("List[") and type(value) is list and len(value) <= MOST_TENSORS:
+        decoded = [decode_argument(item, kind[5:-1], name, device) for item in value]
+        if kind != "List[int]" or math.prod(max(1, abs(size)) for size in decoded) <= MOST_ELEMENTS:
             return decoded
-    raise Refused(f"the sealed program holds an argument of no known kind: {str(value)[:80]}")
+    elif type(value) is dict and len(value) == 1:
+        ((key, content),) = value.items()
+        if (kind, key) == ("Tensor", "slot") and type(content) is int:
+            return Slot(content)
+        if (kind, key) == ("Device", "device") and content is True:
+            return torch.device(device)
+        if content in CONSTANTS.get((kind, key), ()):
+            return getattr(torch, content)
+    elif fits(value, kind, name):
+        return value
+    raise Refused(f"the sealed program holds an argument of no known kind: {name}={str(value)[:80]}")
 
 
 def seal(model, task):
@@ -1038,17 +1111,78 @@ def seal(model, task):
     return json.loads(json.dumps(program)), exported.constants
 
 
-def attention(query, key, value, *rest, **options):
-    """scaled_dot_product_attention, refusing what its kernels do not check or the exam does not want.
+def check_attention(query, key, value, attn_mask=None, dropout_p=0.0, *rest, **options):
+    """Refuse what the kernels of attention do not check or the exam does not want.
 
     A key shorter than its value is read beyond its end, where the targets may lie; dropout would be random.
     """
+    if dropout_p or key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
+        raise Refused("attention needs a key and a value of the same length, and no dropout")
+
+
+def check_scale(input, output_size, scale_factors):
+    """Refuse scales whose reciprocal is not a sane number: the kernels of interpolation index by it, unchecked."""
+    if any(not 2**-10 <= factor <= 2**10 for factor in scale_factors or ()):
+        raise Refused(f"interpolation by {scale_factors} is beyond a factor of 1024")
+
+
+# Run before the operator, with its arguments.
+CHECKS = {
+    "scaled_dot_product_attention.default": check_attention,
+    "upsample_nearest1d.vec": check_scale,
+}
+
+
+def bind(call, device):
+    """(slot, operator, check, args, kwargs) of one call of a program, with constants in place of their JSON form.
+
+    operator is None for an item of a list of tensors. Raises Refused for what an operator may not be given.
+    """
+    slot, name, args, kwargs = call
+    if type(slot) is not int or type(args) is not list or type(kwargs) is not dict:
+        raise Refused(f"the sealed program holds a malformed call: {str(call)[:80]}")
+    if name == "getitem":
+        of, index = args
+        if kwargs or type(index) is not int:
+            raise Refused(f"the sealed program holds a malformed call: {str(call)[:80]}")
+        return slot, None, None, [decode_argument(of, "Tensor", "input", device), index], {}
+    operator = find_operator(name)
+    kinds = {argument.name: str(argument.real_type) for argument in operator._schema.arguments}
+    if len(args) > len(kinds) or not kwargs.keys() <= kinds.keys():
+        raise Refused(f"{name} has no such arguments: {str(call)[:80]}")
+    args = [decode_argument(value, kinds[key], key, device) for key, value in zip(kinds, args)]
+    kwargs = {key: decode_argument(value, kinds[key], key, device) for key, value in kwargs.items()}
+    return slot, operator, CHECKS.get(name), args, kwargs
+
+
+def slots_in(value):
+    """Numbers of the slots that a decoded argument, or a list of them, refers to."""
+    if type(value) is list:
+        return set().union(*map(slots_in, value))
+    return {value.number} if type(value) is Slot else set()
+
+
+def fill(value, slots):
+    """A decoded argument with tensors in place of its slots."""
+    if type(value) is list:
+        return [fill(item, slots) for item in value]
+    return slots[value.number] if type(value) is Slot else value
+
+
+@functools.cache
+def plain_dtypes():
+    """The dtypes that tensors of a sealed model may have."""
     import torch
 
-    dropout = rest[1] if len(rest) > 1 else options.get("dropout_p", 0.0)
-    if dropout or key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
-        raise Refused("attention needs a key and a value of the same length, and no dropout")
-    return torch.ops.aten.scaled_dot_product_attention.default(query, key, value, *rest, **options)
+    return frozenset(getattr(torch, name) for name in DTYPES)
+
+
+def check_results(results):
+    """Refuse tensors of other dtypes, and those so large that a product of two sizes may wrap around."""
+    for tensor in results if isinstance(results, (list, tuple)) else (results,):
+        if tensor.dtype not in plain_dtypes() or max((tensor.numel(), *tensor.shape)) > MOST_ELEMENTS:
+            raise Refused(f"the forward makes a tensor that is too large or strange: {tensor.dtype} {[*tensor.shape]}")
+    return results
 
 
 def build_forward(program, tensors):
@@ -1057,34 +1191,34 @@ def build_forward(program, tensors):
     program: {"device", "batch", "tensors": {slot: name, or None for the tokens}, "calls": [[slot, operator, args,
     kwargs]], "output": slot}. A call's result goes to its slot and leaves it after its last use.
     """
-
-    def reads(value):
-        if isinstance(value, dict):
-            return {value.get("slot")}
-        return set().union(*map(reads, value)) if isinstance(value, list) else set()
-
+    if max(len(program["calls"]), len(program["tensors"])) > MOST_CALLS:
+        raise Refused(f"the forward has more than {MOST_CALLS} operator calls")
+    sources = {int(slot): name for slot, name in program["tensors"].items()}
+    calls = [bind(call, program["device"]) for call in program["calls"]]
+    filled, reads = set(sources), [slots_in([args, [*kwargs.values()]]) for *_, args, kwargs in calls]
+    for (slot, *_), read in zip(calls, reads):
+        if slot in filled or not read <= filled:
+            raise Refused("the sealed program reads slots that nothing has filled, or fills one twice")
+        filled.add(slot)
     free_after, seen = [], {program["output"]}
-    for slot, _, args, kwargs in reversed(program["calls"]):
-        now = {slot, *reads(args), *reads([*kwargs.values()])} - seen - {None}
-        seen |= now
-        free_after.append(now)
-    calls = [
-        (slot, None if name == "getitem" else find_operator(name), args, kwargs, free)
-        for (slot, name, args, kwargs), free in zip(program["calls"], reversed(free_after))
-    ]
+    for (slot, *_), read in zip(reversed(calls), reversed(reads)):
+        free_after.append(({slot} | read) - seen)
+        seen |= read
+    check_results([*tensors.values()])
 
     def forward(tokens):
-        slots = {int(slot): tokens if name is None else tensors[name] for slot, name in program["tensors"].items()}
-        for slot, operator, args, kwargs, free in calls:
-            args = decode_argument(args, slots, tokens.device)
+        slots = {slot: tokens if name is None else tensors[name] for slot, name in sources.items()}
+        for (slot, operator, check, args, kwargs), free in zip(calls, reversed(free_after)):
+            args, kwargs = fill(args, slots), {key: fill(value, slots) for key, value in kwargs.items()}
             if operator is None:
                 slots[slot] = args[0][args[1]]
             else:
-                kwargs = {key: decode_argument(value, slots, tokens.device) for key, value in kwargs.items()}
-                slots[slot] = operator(*args, **kwargs)
+                if check:
+                    check(*args, **kwargs)
+                slots[slot] = check_results(operator(*args, **kwargs))
             del args, kwargs
-            for slot in free:
-                slots.pop(slot, None)
+            for unused in free:
+                slots.pop(unused, None)
         return slots[program["output"]]
 
     return forward
@@ -1098,18 +1232,32 @@ def save_sealed(path, program, tensors):
     save_file(plain, path, metadata={"program": json.dumps(program)})
 
 
+def load_tensor(file, name):
+    """One tensor of an open safetensors file; raises Refused for a dtype that sealed models have no use for."""
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in STORED_DTYPES:
+        raise Refused(f"the submission holds a tensor of {dtype}, which is not allowed in a sealed model")
+    return file.get_tensor(name)
+
+
 def load_sealed(path, task):
     """(program, forward) of a submission; raises Refused for anything but plain tensors and allowed calls."""
     import safetensors
     import torch
 
     try:
+        with open(path, "rb") as file:
+            if int.from_bytes(file.read(8), "little") > HEADER_LIMIT:
+                raise Refused(f"the header of the submission is larger than {HEADER_LIMIT >> 20} MB")
         with safetensors.safe_open(path, "pt") as file:
             program = json.loads((file.metadata() or {})["program"])
             device = program["device"]
             if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
                 raise Refused(f"the model was sealed for a device that is not here: {device!r}")
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
+            names = {name for name in program["tensors"].values() if name is not None}
+            if len(names) > MOST_TENSORS:
+                raise Refused(f"the model has more than {MOST_TENSORS} tensors")
+            tensors = {name: load_tensor(file, name).to(device) for name in names}
         return program, build_forward(program, tensors)
     except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Refused(f"the submission is not a sealed model: {str(error)[:200]}") from None
