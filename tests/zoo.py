@@ -447,11 +447,11 @@ def mamba_like(x, tokens, p):
 def delta_rule(x, tokens, p):
     q, k, v = (F.normalize(F.linear(x, p(name, 4, WIDTH)), dim=-1) for name in "qkv")
     beta, S, out = torch.sigmoid(F.linear(x, p("beta", 1, WIDTH))), x.new_zeros(x.size(0), 4, 4), []
-    for t in range(LENGTH):
+    for t in range(8):
         error = v[:, t] - torch.bmm(k[:, t].unsqueeze(1), S).squeeze(1)
         S = torch.baddbmm(S, k[:, t].unsqueeze(2), (beta[:, t] * error).unsqueeze(1))
         out.append((q[:, t : t + 1] @ S)[:, 0])
-    return x + F.linear(torch.stack(out, dim=1), p("out", WIDTH, 4))
+    return x + F.pad(F.linear(torch.stack(out, dim=1), p("out", WIDTH, 4)), (0, 0, 0, LENGTH - 8))
 
 
 @honest
@@ -679,7 +679,6 @@ def shapes_and_orders(x, tokens, p):
         + x.prod(-1, keepdim=True)
         + torch.min(x, -1, keepdim=True)[0]
         + x.argmin(-1, keepdim=True)
-        + x.median(-1, keepdim=True).values
         + x.sum() * 0
         + x.amax((1, 2)).max() * 0
         + torch.aminmax(x, dim=-1)[0].unsqueeze(-1)
