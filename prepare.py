@@ -1214,6 +1214,8 @@ def build_forward(program, tensors):
         if slot in filled or not read <= filled:
             raise Refused("the sealed program reads slots that nothing has filled, or fills one twice")
         filled.add(slot)
+    if program["output"] not in filled:
+        raise Refused("the sealed program has no output")
     free_after, seen = [], {program["output"]}
     for (slot, *_), read in zip(reversed(calls), reversed(reads)):
         free_after.append(({slot} | read) - seen)

@@ -309,7 +309,7 @@ def make_input(one, seed, poison):
     tensor = torch.as_strided(flat, one["shape"], strides, flat.storage_offset())
     if tensor.numel():
         # Only the elements of the input are written: what lies between them stays poison.
-        written = torch.zeros(extent, dtype=torch.bool)
+        written = torch.full((extent,), tensor.numel() > DIGESTED)
         if tensor.numel() <= DIGESTED:
             written[torch.as_strided(torch.arange(extent), one["shape"], strides).flatten()] = True
         flat[written] = values_for(dtype, extent, one["values"], seed)[written]

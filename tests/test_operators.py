@@ -165,9 +165,9 @@ def test_a_program_is_refused_whose_calls_do_not_follow_from_each_other(edit, re
 PROGRAM = {"device": "cpu", "batch": 4, "tensors": {"0": "x"}, "calls": [], "output": 0}
 
 
-def load(tmp_path, tensors=None, **changes):
-    metadata = {"program": json.dumps(PROGRAM | changes)}
-    save_file(tensors or {"x": torch.ones(2)}, tmp_path / "model.safetensors", metadata)
+def load(tmp_path, changes=(), stored=None):
+    metadata = {"program": json.dumps(PROGRAM | dict(changes))}
+    save_file(stored or {"x": torch.ones(2)}, tmp_path / "model.safetensors", metadata)
     return prepare.load_sealed(tmp_path / "model.safetensors", TASK)
 
 
@@ -180,11 +180,11 @@ def four_rows(monkeypatch):
 def test_a_file_with_a_strange_dtype_is_refused(dtype, tmp_path):
     tensors = {"x": torch.zeros(4).to(getattr(torch, dtype))}
     with pytest.raises(prepare.Refused, match="is not allowed in a sealed model"):
-        load(tmp_path, tensors)
+        load(tmp_path, stored=tensors)
 
 
 def test_a_tensor_that_the_program_does_not_name_is_not_read(tmp_path):
-    program, forward = load(tmp_path, {"x": torch.ones(2), "y": torch.zeros(4).to(torch.float8_e5m2)})
+    program, forward = load(tmp_path, stored={"x": torch.ones(2), "y": torch.zeros(4).to(torch.float8_e5m2)})
     assert torch.equal(forward(TOKENS), torch.ones(2))
 
 
@@ -202,6 +202,7 @@ def test_a_tensor_that_the_program_does_not_name_is_not_read(tmp_path):
         {"calls": [[1, "getitem", [X], {}]]},
         {"calls": None},
         {"output": [0]},
+        {"output": 1},
         {"batch": "4"},
         {"batch": [4]},
         {"device": ["cpu"]},
@@ -210,7 +211,7 @@ def test_a_tensor_that_the_program_does_not_name_is_not_read(tmp_path):
 )
 def test_a_file_with_a_malformed_program_is_refused(changes, tmp_path):
     with pytest.raises(prepare.Refused):
-        load(tmp_path, **changes)
+        load(tmp_path, changes)
 
 
 def test_a_file_with_a_deep_or_a_giant_program_is_refused(tmp_path):
@@ -228,7 +229,7 @@ def test_a_file_with_a_deep_or_a_giant_program_is_refused(tmp_path):
 def test_a_file_with_too_many_tensors_is_refused(tmp_path):
     slots = {str(slot): f"x{slot}" for slot in range(50_001)}
     with pytest.raises(prepare.Refused, match="more than 50000 tensors"):
-        load(tmp_path, tensors=None, **{"tensors": slots})
+        load(tmp_path, {"tensors": slots})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
