@@ -841,6 +841,20 @@ def short_key(program):
     attention[2][1] = {"slot": 10**6}
 
 
+def aside(*calls):
+    """An edit that adds calls whose results nothing reads; "last" stands for the result of the call before."""
+
+    def edit(program):
+        for slot, (operator, arguments, keywords) in enumerate(calls, 10**6):
+            arguments = [{"slot": slot - 1} if argument == "last" else argument for argument in arguments]
+            program["calls"].append([slot, operator, arguments, keywords])
+
+    return edit
+
+
+WEIGHT = {"slot": 0}
+TO_CUBE = ("unsqueeze.default", [WEIGHT, 0], {})
+
 PROGRAMS = {
     "a key that is shorter than its value": (short_key, "same length"),
     "memory that it was not given": (call(0, "as_strided.default", {"slot": 0}, [1], [1]), "as_strided"),
@@ -850,17 +864,61 @@ PROGRAMS = {
     "an operator that writes": (call(0, "add.out", {"slot": 0}, {"slot": 0}), "add.out"),
     "an operator of another library": (call(0, "__import__('os').system"), "not allowed"),
     "a dunder": (call(0, "__class__.__init__"), "not allowed"),
-    "an overload that is an attribute": (call(0, "add.__globals__"), "does not exist"),
+    "an overload that is an attribute": (call(0, "add.__globals__"), "not allowed"),
     "a symbolic expression": (call(0, "add.Tensor", {"slot": 0}, {"expr": "exit()"}), "no known kind"),
     "an argument of two kinds": (call(0, "add.Tensor", {"slot": 0, "device": True}), "no known kind"),
     "a dtype that is code": (call(0, "zeros.default", [1], dtype={"dtype": "load"}), "no known kind"),
-    "a slot that does not exist": (call(0, "neg.default", {"slot": 77777}), "no known kind"),
-    "too much memory": (call(0, "zeros.default", [2**50]), "fails on the validation rows"),
+    "a slot that does not exist": (call(0, "neg.default", {"slot": 77777}), "nothing has filled"),
+    "too much memory": (call(0, "repeat.default", {"slot": 0}, [2**15, 2**15]), "fails on the validation rows"),
+    "memory that circular padding leaves unwritten": (
+        aside(("pad.default", [WEIGHT, [16, -16], "circular"], {})),
+        "no known kind: mode=circular",
+    ),
+    "memory beyond an element that is repeated": (
+        aside(
+            ("slice.Tensor", [WEIGHT, 1, 0, 1], {}),
+            ("expand.default", ["last", [300, 4096]], {}),
+            ("median.dim", ["last", 1], {}),
+        ),
+        "'median.dim' is not allowed",
+    ),
+    "a Fourier transform over a dimension that is not there": (
+        aside(("complex.default", [WEIGHT, WEIGHT], {}), ("_fft_c2r.default", ["last", [9], 0, 16], {})),
+        "'_fft_c2r.default' is not allowed",
+    ),
+    "a Fourier transform twice over one dimension": (
+        aside(("complex.default", [WEIGHT, WEIGHT], {}), ("_fft_c2r.default", ["last", [1, 1], 0, 16], {})),
+        "'_fft_c2r.default' is not allowed",
+    ),
+    "repeats whose sum wraps around": (
+        aside(
+            ("full.default", [[4], 2**62], {"dtype": {"dtype": "int64"}}), ("repeat_interleave.Tensor", ["last"], {})
+        ),
+        "'repeat_interleave.Tensor' is not allowed",
+    ),
+    "interpolation by a tiny scale": (
+        aside(TO_CUBE, ("upsample_nearest1d.default", ["last", [64], 1e-300], {})),
+        "'upsample_nearest1d.default' is not allowed",
+    ),
+    "bytes of one dtype as another": (
+        aside(("view.dtype", [WEIGHT, {"dtype": "int64"}], {})),
+        "'view.dtype' is not allowed",
+    ),
+    "a sparse layout": (
+        aside(("zeros.default", [[1]], {"layout": {"layout": "sparse_coo"}})),
+        "no known kind: layout",
+    ),
+    "a device by its name": (aside(("zeros.default", [[1]], {"device": "meta"})), "no known kind: device=meta"),
+    "a tensor of giant size": (
+        aside(("full.default", [[1], 1], {}), ("expand.default", ["last", [2**62]], {})),
+        "no known kind: size",
+    ),
+    "a tensor of giant size from no tensor": (aside(("zeros.default", [[2**50, 0]], {})), "no known kind: size"),
     "calls without end": (lambda program: program.update(calls=[1, 2, 3]), "not a sealed model"),
     "no output": (lambda program: program.pop("output"), "not a sealed model"),
     "another batch": (lambda program: program.update(batch=1), "batches of 1 rows"),
     "another device": (lambda program: program.update(device="meta"), "not here"),
-    "tensors that are not there": (lambda program: program.update(tensors={"0": "x"}), "fails on the validation rows"),
+    "tensors that are not there": (lambda program: program.update(tensors={"0": "x"}), "not a sealed model"),
     "nothing but the tokens": (lambda program: program.update(output=len(program["tensors"]) - 1), "floating point"),
 }
 
@@ -886,7 +944,8 @@ def test_a_program_that_takes_too_long_is_invalid(hold, monkeypatch):
     endless = "save = prepare.save_sealed\n"
     endless += "def slow(path, program, tensors):\n"
     endless += "    first = program['calls'][0]\n"
-    endless += "    save(path, program | {'calls': [first] * 400000 + program['calls']}, tensors)\n"
+    endless += "    calls = [[10**6 + i, *first[1:]] for i in range(190000)]\n"
+    endless += "    save(path, program | {'calls': calls + program['calls']}, tensors)\n"
     result = hold(
         task=Strict(**prepare.dataclasses.asdict(TINY)),
         before="import prepare\n" + endless,
