@@ -1119,6 +1119,12 @@ def check_attention(query, key, value, attn_mask=None, dropout_p=0.0, *rest, **o
         raise Refused("attention needs a key and a value of the same length, and no dropout")
 
 
+def check_search(sorted_sequence, self, out_int32=False, right=False, side=None, sorter=None):
+    """Refuse a search through an order of its own: what its indices may be is for the kernels to check."""
+    if sorter is not None:
+        raise Refused("searchsorted with a sorter is not allowed in the forward")
+
+
 def check_scale(input, output_size, scale_factors):
     """Refuse scales whose reciprocal is not a sane number: the kernels of interpolation index by it, unchecked."""
     if any(not 2**-10 <= factor <= 2**10 for factor in scale_factors or ()):
@@ -1139,6 +1145,7 @@ def check_range(start, end=None, step=1, **options):
 # Run before the operator, with its arguments. Sizes in lists and numbers in sizes are bounded already.
 CHECKS = {
     "scaled_dot_product_attention.default": check_attention,
+    "searchsorted.Tensor": check_search,
     "upsample_nearest1d.vec": check_scale,
     "arange.default": check_range,
     "arange.start": check_range,
@@ -1250,10 +1257,13 @@ def save_sealed(path, program, tensors):
 
 def load_tensor(file, name):
     """One tensor of an open safetensors file; raises Refused for a dtype that sealed models have no use for."""
+    import torch
+
     dtype = file.get_slice(name).get_dtype()
     if dtype not in STORED_DTYPES:
         raise Refused(f"the submission holds a tensor of {dtype}, which is not allowed in a sealed model")
-    return file.get_tensor(name)
+    tensor = file.get_tensor(name)
+    return tensor.view(torch.uint8) != 0 if dtype == "BOOL" else tensor  # kernels count on bytes of 0 and 1
 
 
 def load_sealed(path, task):

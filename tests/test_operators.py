@@ -49,6 +49,15 @@ def test_an_honest_model_seals_and_computes_what_it_did(name, seal_of):
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("depth", "width"), [(1, 32), (3, 64)])
+def test_the_baseline_seals_at_several_sizes(depth, width):
+    import train
+
+    model = train.GPT(zoo.VOCABULARY, zoo.LENGTH, depth, width, 32)
+    program, constants = prepare.seal(model, TASK)
+    prepare.try_forward(program, {**model.state_dict(), **constants}, dict(model.named_parameters()), TASK)
+
+
 def test_the_operators_are_those_that_honest_models_export(seal_of):
     exported = {call[1] for name in zoo.ZOO for call in seal_of(name)[1]["calls"]} - {"getitem"}
     assert exported == prepare.OPERATORS
@@ -99,6 +108,7 @@ HOSTILE = {
     "lists within lists": ("cat.default", [[[[X]]]], {}, "no known kind: tensors"),
     "an equation that is code": ("einsum.default", ["__import__('os')", [X]], {}, "no known kind: equation"),
     "too many arguments": ("neg.default", [X, 1], {}, "no such arguments"),
+    "an order of its own to search by": ("searchsorted.Tensor", [X, X], {"sorter": X}, "sorter"),
     "dropout": ("scaled_dot_product_attention.default", [X, X, X, None, 0.5], {}, "no dropout"),
     "a median, which reads beyond a repeated element": ("median.dim", [X, -1], {}, "not allowed"),
     "memory that it was not given": ("as_strided.default", [X, [1], [1]], {}, "not allowed"),
@@ -186,6 +196,11 @@ def test_a_file_with_a_strange_dtype_is_refused(dtype, tmp_path):
 def test_a_tensor_that_the_program_does_not_name_is_not_read(tmp_path):
     program, forward = load(tmp_path, stored={"x": torch.ones(2), "y": torch.zeros(4).to(torch.float8_e5m2)})
     assert torch.equal(forward(TOKENS), torch.ones(2))
+
+
+def test_truth_values_are_read_as_no_more_than_true_or_false(tmp_path):
+    program, forward = load(tmp_path, stored={"x": torch.tensor([0, 1, 2, 255], dtype=torch.uint8).view(torch.bool)})
+    assert forward(TOKENS).view(torch.uint8).tolist() == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
