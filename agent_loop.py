@@ -552,8 +552,9 @@ class Lab:
         command = [sys.executable, str(HERE / "prepare.py"), "trial", str(train_py), "--out", str(out)]
         if self.experiments:
             command += ["--beat", repr(max(self.best.scores or [self.best.val_bpb]))]
-        if run or self.experiments:  # compiling takes a GPU a minute
-            command += ["--warm", str(self.folder / (commit if run else self.best.commit) / "0")]
+        if (commit, run) != (self.meta["start"], 0):  # compiling takes a GPU a minute
+            # What a candidate has compiled is a folder of code, in which it could tell the next trial something.
+            command += ["--warm", str(self.folder / self.meta["start"] / "0")]
         command += ["--task", self.task.name, "--budget", repr(self.task.time_budget), "--seed", str(run)]
         command += ["--flops", repr(self.meta["flops"]), "--parent", str(os.getpid())]
         command += ["--no-sandbox"] * self.arguments.no_sandbox
@@ -661,9 +662,10 @@ class Lab:
         self.experiments.append(experiment)
         self.held += 1
         self.settle()
-        for left in self.folder.glob("*/*/*"):  # only the best is worth its space; a room is of a trial that broke off
-            lost = left.parent != self.folder / self.best.commit / "0"
-            if left.name == "room" or lost and left.name in ("model.safetensors", "compiled"):
+        of_use = {"model.safetensors": self.best.commit, "compiled": self.meta["start"]}  # of the first runs of these
+        for left in self.folder.glob("*/*/*"):
+            lost = left.name in of_use and left.parent != self.folder / of_use[left.name] / "0"
+            if lost or left.name == "room":  # a room is of a trial that broke off
                 prepare.remove(left)
 
     def settle(self):

@@ -295,15 +295,19 @@ def test_what_the_owner_deletes_in_mid_run_is_made_again_or_held_again(stage):
     assert git("show", "autoresearch/t:train.py") == git("show", f"{kept[-1]}:train.py")
 
 
-def test_every_trial_starts_with_what_the_best_has_compiled_and_nothing_else_of_it_is_kept(stage):
-    command = [sys.executable, "agent_loop.py", *LOOP, "--greedy", "--max-experiments", "4"]
+def test_every_trial_starts_with_what_the_baseline_has_compiled_and_never_with_a_candidates(stage):
+    """What a candidate leaves is a folder of its making: it would be a memory between trials."""
+    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments", "4"]
     assert subprocess.run(command, cwd=stage).returncode == 0
-    best = None
-    for commit, _, _, status, _ in book(stage):
-        result = json.loads((stage / "runs" / "t" / commit / "0" / "result.json").read_text())
-        assert result["warm"] == (best and str(stage / "runs" / "t" / best / "0"))
-        best = commit if status == "keep" else best
-    assert [path.parts[-3] for path in stage.glob("runs/t/*/*/compiled")] == [best]
+    (baseline, *_), *others = rows = book(stage)
+    assert "keep" in [row[3] for row in others]
+    for path in stage.glob("runs/t/*/*/result.json"):
+        first = path.parent == stage / "runs" / "t" / baseline / "0"
+        warm = None if first else str(stage / "runs" / "t" / baseline / "0")
+        assert json.loads(path.read_text())["warm"] == warm
+    assert [path.parts[-3:-1] for path in stage.glob("runs/t/*/*/compiled")] == [(baseline, "0")]
+    best = [row[0] for row in rows if row[3] == "keep"][-1]
+    assert [path.parts[-3:-1] for path in stage.glob("runs/t/*/*/model.safetensors")] == [(best, "0")]
 
 
 def test_a_tag_keeps_the_machine_rate_that_it_was_started_with(stage, cache, tmp_path):
