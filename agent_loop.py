@@ -54,6 +54,8 @@ BASELINE_RUNS = 3  # they give the first estimate of the noise
 MAX_RUNS = 3  # of one candidate
 KEEP_AT, DISCARD_AT = 0.90, 0.80  # probability that the candidate is better; chosen by tests/nights.py
 SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
+SLOW_TRIES = 3  # of a run that fails while the machine is slower than that, until the loop waits
+SLOW_PAUSES = 2  # until the best shows whether the machine's new speed is one to be judged at
 LOCK_TRIES = 10  # for a lock in the git repository to go away, five a second
 PAUSE = 60.0  # seconds until a full disk or a missing GPU is looked at again
 
@@ -355,6 +357,7 @@ class Lab:
         self.experiments, self.started, self.held = [], time.monotonic(), 0  # held: experiments since the start
         self.drafted = None  # a Draft that is not committed yet
         self.running = self.watched = None  # for the live view: (commit, description); (number of the run, its curve)
+        self.settled, self.slow_pauses = None, 0  # rate at which the best has shown to run again; pauses for slowness
 
     def say(self, text, style=""):
         say(self.console, text, style)
@@ -537,13 +540,48 @@ class Lab:
 
     # -- one experiment
 
-    def trial(self, commit, run):
-        """Run and score `commit` with seed `run`, or return the result that an earlier start has left.
+    def usual_speed(self, commit):
+        """Matrix-multiply rate, FLOP/s, that the machine should reach in a trial of `commit`, by what it has reached.
 
-        Raises Pause where the machine, and not the candidate, is at fault.
+        The fastest of the best's runs, for want of one of any experiment's, of the earlier runs of `commit`, or what was
+        known of the machine when the tag was started.
         """
-        if finished := self.result(commit, run):
-            return finished
+        best = self.best.speeds if self.experiments else []
+        others = [speed for e in self.experiments for speed in e.speeds]
+        own = [result.get("matmul_flops") for result in self.results(commit) if result["outcome"] == "ok"]
+        measured = next(filter(any, (best, others, own)), [self.meta["flops"]])
+        return min(max(filter(None, measured)), self.settled or math.inf)
+
+    def slowness(self, commit, result):
+        """How slow the machine was, in words, where that may be why a trial of `commit` failed; else None."""
+        late = result["outcome"] == "invalid" and str(result["reason"]).startswith("the exam took longer")
+        speed = result.get("matmul_flops")
+        if not speed or not (late or result["outcome"] in ("timeout", "crash")):
+            return None
+        usual = self.usual_speed(commit)
+        if same_speed(speed, usual) or speed > usual:
+            return None
+        return f"the machine multiplies matrices at {speed / 1e12:.3g} TFLOP/s, and had {usual / 1e12:.3g}"
+
+    def trial(self, commit, run):
+        """The result of `commit` with seed `run`, which an earlier start may have left.
+
+        Raises Pause where the machine, and not the candidate, is at fault. A trial that failed on a slow machine counts
+        for nothing: its run is held again, after some tries in a row at another time.
+        """
+        for _ in range(SLOW_TRIES):
+            result = self.result(commit, run) or self.hold(commit, run)
+            slow = self.slowness(commit, result)
+            if not slow:
+                self.slow_pauses = 0
+                return result
+            self.say(f"{slow}; run {run + 1} of {commit} does not count ({one_line(result['reason'])})", "yellow")
+            (self.folder / commit / str(run) / "result.json").unlink()
+        self.slow_pauses += 1
+        raise Pause(f"{slow}; end what else uses it ({commit} failed: {one_line(result['reason'])})")
+
+    def hold(self, commit, run):
+        """Hold one trial and return its result. Raises Pause where the machine could not hold it."""
         out = self.folder / commit / str(run)
         out.mkdir(parents=True, exist_ok=True)
         train_py = self.folder / commit / "train.py"
@@ -596,6 +634,8 @@ class Lab:
         if not (baseline or self.greedy or self.noise()[1]):
             for _ in range(BASELINE_RUNS):  # somebody has deleted the evidence
                 self.run_best_again("how much a run varies is not known any more")
+        if self.slow_pauses >= SLOW_PAUSES and self.experiments:
+            self.run_best_again("the machine stays slow")
         for run in itertools.count():
             result = self.trial(commit, run)
             if result["outcome"] != "ok":
@@ -615,7 +655,8 @@ class Lab:
                 speed, known = experiment.speeds[-1], self.best.speeds
                 if verdict != "keep" and known and not (self.greedy or self.best.scores_at(speed)):
                     change = f"the machine ran at {speed / known[-1]:.0%} of the speed that it had for the best"
-                    if speed < known[-1] and "candidate" in remedies:  # perhaps it was busy, or hot, for a while
+                    # Perhaps it was busy, or hot, for a while.
+                    if speed < known[-1] and "candidate" in remedies and run + 1 < MAX_RUNS:
                         remedies.remove("candidate")
                         self.say(f"{change}; running {commit} again", "yellow")
                         continue
@@ -651,6 +692,7 @@ class Lab:
         result = self.trial(best.commit, len(self.results(best.commit)))
         if result["outcome"] == "ok":
             best.add(result)
+            self.settled = result.get("matmul_flops")
 
     def record(self, experiment):
         """Write the row, on disk before anything else happens, and move the branch if the experiment is kept."""

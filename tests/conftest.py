@@ -175,7 +175,13 @@ def make_repository(folder, train_py, before, added):
 
 def tiny_repository(folder):
     """A repository whose prepare.py knows the tiny task, with a train.py that learns something in no time."""
-    return make_repository(folder, "quick_train.py", "\n\ndef get_task(", f"TASKS['tiny'] = {TINY}")
+    make_repository(folder, "quick_train.py", "\n\ndef get_task(", f"TASKS['tiny'] = {TINY}")
+    # What else this machine does must not decide the trials of a test.
+    source = (folder / "agent_loop.py").read_text()
+    assert source.count("SAME_SPEED = 0.85") == 1
+    (folder / "agent_loop.py").write_text(source.replace("SAME_SPEED = 0.85", "SAME_SPEED = 0.0"))
+    subprocess.run(["git", "commit", "-qa", "--amend", "--no-edit"], cwd=folder, check=True)
+    return folder
 
 
 @pytest.fixture
@@ -184,9 +190,24 @@ def repository(tmp_path):
 
 
 # What the exam board says without holding an exam or looking at the machine: train.py prints its score. A file `speeds`
-# beside prepare.py gives the speed of the machine for each trial in turn.
+# beside prepare.py gives the speed of the machine for each trial in turn, and how it ends if not well (see END).
 PLAYED_TRIAL = """
+END = {
+    "timeout": {"outcome": "timeout", "reason": "no end after 64 s between begin() and submit()"},
+    "crash": {"outcome": "crash", "reason": "exit code 1"},
+    "exam": {"outcome": "invalid", "reason": "the exam took longer than 720 s"},
+    "refused": {"outcome": "invalid", "reason": "the model is not causal"},
+}
+
+
 def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
+    speeds, speed, end = Path(__file__).with_name("speeds"), None, ""
+    if speeds.exists():
+        now, *later = speeds.read_text().split()
+        speeds.write_text(" ".join(later or [now]))
+        if now == "lost":
+            raise Pause("the GPU is lost")
+        speed, _, end = now.partition(":")
     source = Path(train_py).read_bytes()
     environment = os.environ | {"SEED": str(seed), "SECONDS": str(task.time_budget)}
     ended = subprocess.run([sys.executable, train_py], env=environment, capture_output=True, text=True)
@@ -199,11 +220,8 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         result |= {"outcome": "crash", "reason": (ended.stderr.strip().splitlines() or ["killed"])[-1]}
     else:
         result["val_bpb"] = float(ended.stdout.split()[-1])
-    speeds = Path(__file__).with_name("speeds")
-    if speeds.exists():
-        now, *later = speeds.read_text().split()
-        result["matmul_flops"] = float(now)
-        speeds.write_text(" ".join(later or [now]))
+    if speed:
+        result |= {"matmul_flops": float(speed)} | END.get(end, {})
     result |= {"seed": seed, "task": task.name, "budget": task.time_budget, "flops": flops, "warm": warm and str(warm)}
     result["sha256"] = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
     with open(out.parents[2] / "trials", "a") as file:

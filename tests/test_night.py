@@ -270,6 +270,68 @@ def test_a_better_score_counts_only_if_the_machine_was_not_faster_than_for_the_b
     assert [row[3] for row in book(stage)] == ["keep", verdict], ended.stdout
 
 
+# The loop of a stage, with pauses that do not keep a test waiting.
+IMPATIENT = "import sys, agent_loop; agent_loop.PAUSE = 0.01; sys.exit(agent_loop.main())"
+
+
+def play(stage, speeds, *arguments):
+    """The loop of `stage` run to its end, on a machine of these speeds: (what ended, the rows, the trials held)."""
+    (stage / "speeds").write_text(speeds)
+    command = [sys.executable, "-c", IMPATIENT, *LOOP, *arguments]
+    ended = subprocess.run(command, cwd=stage, capture_output=True, text=True, timeout=120)
+    names = dict(zip((row[0] for row in book_or_nothing(stage)), "BCDEF"))
+    log = stage / "runs" / "trials"
+    held = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return ended, book_or_nothing(stage), " ".join(names.get(commit, "?") + seed for commit, seed in held)
+
+
+@pytest.mark.parametrize(
+    "speeds, trials",
+    [  # the trials: of the Baseline and the Candidate
+        (
+            "1:timeout 1:crash 1:exam 1:timeout 9e15 5e15:timeout 9e15 9e15 5e15:crash 5e15:exam 5e15:timeout 5:crash 9e15",
+            "B0 B0 B0 B0 B0 B1 B1 B2 C0 C0 C0 C0 C0",
+        ),
+        ("9e15 9e15 9e15 5e15 5e15 5e15:timeout 5e15", "B0 B1 B2 C0 C1 B3 B3"),  # in a run of the best once more
+    ],
+)
+def test_a_run_that_fails_on_a_slow_machine_is_held_again_and_never_held_against_the_idea(speeds, trials, stage):
+    ended, rows, held = play(stage, speeds, "--max-experiments", "1")
+    assert ended.returncode == 0 and held == trials, ended.stdout + ended.stderr
+    assert "at 5e+03 TFLOP/s, and had 9e+03; run" in ended.stdout and "does not count (no end after" in ended.stdout
+    assert ended.stdout.count("paused: the machine multiplies") == 2 * trials.startswith("B0 B0")
+    outcomes = {json.loads(path.read_text())["outcome"] for path in stage.glob("runs/t/*/*/result.json")}
+    assert outcomes == {"ok"} and [row[3] for row in rows] in (["keep", "keep"], ["keep", "discard"])
+
+
+def test_a_run_that_fails_on_a_machine_at_its_speed_or_by_the_rules_is_the_candidates_own(stage):
+    speeds = "9e15 9e15 9e15 9e15:timeout 8e15:crash 9e15:exam 5e15:refused"
+    ended, rows, held = play(stage, speeds, "--max-experiments", "4")
+    assert ended.returncode == 0 and held == "B0 B1 B2 C0 D0 E0 F0", ended.stdout + ended.stderr
+    assert [row[3] for row in rows[1:]] == ["crash"] * 4
+
+
+def test_a_baseline_that_fails_on_a_machine_at_its_speed_ends_the_loop(stage):
+    ended, rows, held = play(stage, "9e15:timeout", "--max-experiments", "1")
+    assert ended.returncode == 2 and "the baseline does not run: no end after 64 s" in ended.stderr
+    assert not rows and held == "?0"
+
+
+def test_a_machine_that_stays_slow_is_taken_as_it_is_once_the_best_has_run_on_it(stage):
+    """Else a candidate that fails by itself would keep the loop waiting for ever."""
+    ended, rows, held = play(stage, "9e15 9e15 9e15" + " 5e15:crash" * 6 + " 5e15 5e15:crash", "--max-experiments", "2")
+    assert ended.returncode == 0 and ended.stdout.count("paused: ") == 2, ended.stdout + ended.stderr
+    assert held == "B0 B1 B2 C0 C0 C0 C0 C0 C0 B3 C0 D0" and [row[3] for row in rows[1:]] == ["crash", "crash"]
+
+
+def test_a_gpu_that_is_lost_in_any_trial_pauses_the_loop_and_leaves_no_trace(stage):
+    """In the baseline's first run, in a repeat, in a candidate's first, and in the best's once more."""
+    speeds = "lost lost 9e15 lost 9e15 9e15 lost 5e15 lost 5e15 lost 5e15"
+    ended, rows, held = play(stage, speeds, "--max-experiments", "1")
+    assert ended.returncode == 0 and ended.stdout.count("paused: the GPU is lost; trying again") == 6, ended.stderr
+    assert held == "B0 B1 B2 C0 C1 C2 B3" and [row[3] for row in rows] in (["keep", "keep"], ["keep", "discard"])
+
+
 def test_a_path_that_is_named_like_the_project_does_not_make_the_owners_lock_ours(tmp_path):
     stage = make_stage(tmp_path / "autoresearch")
     command = [sys.executable, "agent_loop.py", *LOOP, "--greedy", "--max-experiments"]
