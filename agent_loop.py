@@ -347,6 +347,42 @@ def say(console, text, style=""):
         console.print(Text.assemble((time.strftime("%H:%M:%S "), "dim"), (text, style)), soft_wrap=True)
 
 
+def make_ready(task):
+    """Prepare the data of `task` where they are missing; returns machine_flops(). Raises Trouble.
+
+    A process of its own does both, and takes what torch has of the memory and of the GPU along when it ends.
+    """
+    ours, theirs = os.pipe()
+    # In a session of its own, for the same reasons as a trial.
+    command = [sys.executable, str(HERE / "agent_loop.py"), "_ready", task.name, str(theirs)]
+    with open(ours) as answer:
+        try:
+            worker = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs], start_new_session=True)
+        finally:
+            os.close(theirs)
+        try:
+            told = json.loads(answer.read() or "{}")
+            code = worker.wait()
+        finally:
+            worker.terminate()
+            worker.wait()
+    if "flops" not in told:
+        raise Trouble(told.get("trouble") or f"preparing {task.name} broke off (exit code {code}); start again")
+    return told["flops"]
+
+
+def get_ready(name, descriptor):
+    """The life of make_ready()'s process: it answers on a file descriptor, and shows its progress as it comes."""
+    prepare.hear_signals()
+    with open(int(descriptor), "w") as answer:
+        try:
+            prepare.prepare(prepare.get_task(name))
+            told = {"flops": prepare.machine_flops()}
+        except (Trouble, OSError) as error:
+            told = {"trouble": words(error)}
+        json.dump(told, answer)
+
+
 class Lab:
     """One tag: its branch, its candidates (refs/autoresearch/<tag>/), runs/<tag>/, and results.tsv while current."""
 
@@ -388,13 +424,11 @@ class Lab:
         if fresh and self.repository.candidates(self.tag):
             forget = THROW_AWAY.splitlines()[-1].strip().format(tag=self.tag)
             raise Trouble(f"an earlier tag {self.tag} has left commits; give another --tag, or forget them: {forget}")
-        try:
-            prepare.verify(task)
-        except Trouble:
-            if (prepare.cache_root() / task.dataset / "meta.json").exists():
-                raise
+        missing = not (prepare.cache_root() / task.dataset / "meta.json").exists()
+        if missing:
             self.say(f"preparing the data of {task.name}, once")
-            prepare.prepare(task)
+        flops = make_ready(task) if missing or not known else None
+        prepare.verify(task)
         self.task = task
         self.folder.mkdir(parents=True, exist_ok=True)
         self.fetch_book()
@@ -408,7 +442,7 @@ class Lab:
                 "task": task.name,
                 "budget": task.time_budget,
                 "start": rows[0].commit if rows else self.repository.remember(self.tag, self.branch),
-                "flops": prepare.machine_flops(),  # a later measurement must not change the size of the same train.py
+                "flops": flops,  # a later measurement must not change the size of the same train.py
                 "sha256": prepare.fingerprints(task),
             }
             prepare.write_atomically(self.folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
@@ -543,8 +577,8 @@ class Lab:
     def usual_speed(self, commit):
         """Matrix-multiply rate, FLOP/s, that the machine should reach in a trial of `commit`, by what it has reached.
 
-        The fastest of the best's runs, for want of one of any experiment's, of the earlier runs of `commit`, or what was
-        known of the machine when the tag was started.
+        The fastest of the best's runs, for want of one of any experiment's, of the earlier runs of `commit`, or what
+        was known of the machine when the tag was started.
         """
         best = self.best.speeds if self.experiments else []
         others = [speed for e in self.experiments for speed in e.speeds]
@@ -1991,4 +2025,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(get_ready(*sys.argv[2:]) if sys.argv[1:2] == ["_ready"] else main())

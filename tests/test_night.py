@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import make_stage
 from test_loop import QUICK, book, book_or_nothing
@@ -289,7 +290,8 @@ def play(stage, speeds, *arguments):
     "speeds, trials",
     [  # the trials: of the Baseline and the Candidate
         (
-            "1:timeout 1:crash 1:exam 1:timeout 9e15 5e15:timeout 9e15 9e15 5e15:crash 5e15:exam 5e15:timeout 5:crash 9e15",
+            "1:timeout 1:crash 1:exam 1:timeout 9e15 5e15:timeout 9e15 9e15 "
+            "5e15:crash 5e15:exam 5e15:timeout 5:crash 9e15",
             "B0 B0 B0 B0 B0 B1 B1 B2 C0 C0 C0 C0 C0",
         ),
         ("9e15 9e15 9e15 5e15 5e15 5e15:timeout 5e15", "B0 B1 B2 C0 C1 B3 B3"),  # in a run of the best once more
@@ -383,6 +385,62 @@ def test_a_tag_keeps_the_machine_rate_that_it_was_started_with(stage, cache, tmp
     assert subprocess.run([*command, "1"], cwd=stage, env=environment).returncode == 0
     told = {json.loads(path.read_text())["flops"] for path in stage.glob("runs/t/*/0/result.json")}
     assert told == {entry["matmul_flops"] for entry in known.values()}
+
+
+def test_while_a_trial_runs_the_loop_itself_has_no_torch_in_its_memory(stage, cache, tmp_path):
+    """Nor, then, a hold on the GPU: what measures the machine, and prepares the data, has ended."""
+    shutil.copytree(cache / "tiny", tmp_path / "cache" / "tiny")  # without the rate of this machine
+    command = [sys.executable, "agent_loop.py", *QUICK, "--budget", "60"]
+    environment = os.environ | {"AUTORESEARCH_CACHE": str(tmp_path / "cache")}
+    running = subprocess.Popen(command, cwd=stage, env=environment, stdout=subprocess.PIPE, text=True)
+    while not list(stage.glob("runs/t/*/0/proctor.log")):
+        time.sleep(0.02)
+    mapped = Path(f"/proc/{running.pid}/maps").read_text()
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=20)
+    assert running.returncode == 130 and "measuring the matrix-multiply rate" in said
+    assert "python" in mapped and "torch" not in mapped
+
+
+PLAYED_PREPARE = """
+
+def prepare(task):
+    print("downloading 1 of 10", flush=True)
+    if Path(__file__).with_name("slowly").exists():
+        time.sleep(60)
+    raise Trouble("the hub is away; try again later")
+
+
+if __name__ == "__main__":
+"""
+
+
+def test_data_that_cannot_be_prepared_are_told_in_one_sentence_and_ctrl_c_ends_it_cleanly(stage, tmp_path):
+    prepare_py = stage / "prepare.py"
+    prepare_py.write_text(prepare_py.read_text().replace('\n\nif __name__ == "__main__":\n', PLAYED_PREPARE))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = pipes | {"cwd": stage, "env": os.environ | {"AUTORESEARCH_CACHE": str(tmp_path / "empty")}}
+    command = [sys.executable, "agent_loop.py", *LOOP, "--task", "pycode"]
+    ended = subprocess.run(command, **options)
+    assert ended.returncode == 2 and ended.stderr == "agent_loop.py: the hub is away; try again later\n"
+    assert "preparing the data of pycode" in ended.stdout and "downloading 1 of 10" in ended.stdout
+    assert not (stage / "runs").exists()
+    (stage / "slowly").touch()
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        running = subprocess.Popen(command, **options)
+        while "downloading" not in running.stdout.readline():
+            pass
+        running.send_signal(number)
+        _, errors = running.communicate(timeout=20)
+        assert running.returncode == code and "Traceback" not in errors, errors
+        assert not processes_in(stage)
+    running = subprocess.Popen(command, **options)
+    while "downloading" not in running.stdout.readline():
+        pass
+    (worker,) = psutil.Process(running.pid).children()
+    worker.kill()
+    _, errors = running.communicate(timeout=20)
+    assert running.returncode == 2 and "preparing pycode broke off (exit code -9); start again\n" in errors, errors
 
 
 def test_under_nohup_a_closed_terminal_does_not_end_the_loop(stage):
