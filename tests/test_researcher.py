@@ -165,7 +165,7 @@ def test_a_night_of_twenty_experiments_goes_through_every_fault_and_costs_what_t
     assert sum(row[4].startswith("repair: ") for row in rows) == len(CRASHING)
     for words in ("trying again in", "asking again", "(429 rate_limit_error)", "(529 overloaded_error)", "broke off"):
         assert words in ended.stdout
-    repairs = [r["messages"] for r in server.requests if "<program_output>" in str(r["messages"][1:])]
+    repairs = [r["messages"] for r in server.requests if "What it printed last:" in str(r["messages"][1:])]
     assert "RuntimeError: crashing as asked" in str(repairs[0][-1])
 
     lines = agent_loop.json_lines(stage / "runs/t/cost.jsonl")
@@ -412,7 +412,7 @@ def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failu
     fill(lab, 8, SOURCE)
     told = agent_loop.history(lab, lab.experiments, "f00 something")
     assert "0000007 discard 0.999930 +0.000070 Number 7" in told and "one run is 0.001000" in told
-    assert "Running right now, its result is not known yet: f00 something" in told
+    assert "Running right now, its result is not known yet:\n" + agent_loop.quoted("f00 something") in told
     assert "The last 7 experiments brought nothing" in told
     fill(lab, 9, SOURCE)
     assert "brought nothing" not in agent_loop.history(lab, lab.experiments, None)
