@@ -217,7 +217,8 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     (out / "compiled").mkdir(exist_ok=True)
     result = {"outcome": "ok", "reason": None, "training_seconds": task.time_budget, "peak_rss_mb": 100.0, "steps": 9}
     if ended.returncode:
-        result |= {"outcome": "crash", "reason": (ended.stderr.strip().splitlines() or ["killed"])[-1]}
+        reason = (ended.stderr.strip().splitlines() or ["killed"])[-1]
+        result |= {"outcome": "invalid" if "Refused" in reason else "crash", "reason": reason}
     else:
         result["val_bpb"] = float(ended.stdout.split()[-1])
     if speed:
