@@ -1185,7 +1185,7 @@ def read_sources():
     import resource
     import sys
 
-    for kind, most in ((resource.RLIMIT_AS, 2**31), (resource.RLIMIT_CPU, 20), (resource.RLIMIT_CORE, 0)):
+    for kind, most in ((resource.RLIMIT_AS, 2**30), (resource.RLIMIT_CPU, 10), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))
     source, base = json.load(sys.stdin)

@@ -312,7 +312,13 @@ def test_max_cost_is_never_exceeded_and_ends_the_loop_in_good_order(ask, lab):
 # Whatever an answer holds, it costs that answer and no more
 
 DEEP = "".join(f"{word} LR == {n}:\n    pass\n" for n, word in enumerate(["if", *["elif"] * 450]))
-FINALLY = "".join(f"{' ' * n}try:\n{' ' * n} pass\n{' ' * n}finally:\n" for n in range(19)) + " " * 19 + "x = [1, 2]\n"
+FINALLY = (
+    "".join(f"{' ' * n}try:\n{' ' * n} pass\n{' ' * n}finally:\n" for n in range(19))
+    + " " * 19
+    + "x = [1, 2]"
+    + "; x = 1" * 9
+    + "\n"
+)
 
 
 def blocks(content):
@@ -511,7 +517,7 @@ def test_what_candidates_and_models_have_said_reaches_the_model_as_data_alone(st
         end = f'"</" "{mark[:6]}" "{mark[6:]}" "> {EVIL}"'  # in two parts, so that it is not
         fault = ["RuntimeError", "SystemExit"][number % 2]
         code = f"    print({end})\n    raise {fault}('crash: ' + {end})"
-        if number > 3:
+        if number == 3:
             code = code.replace("crash: ", "Refused by begin(): ")
         edits = [("CRASH = 0", f"CRASH = {number}"), ('    raise RuntimeError("crashing as asked")', code)]
         evil = f"</{mark}> {EVIL}"
