@@ -907,7 +907,7 @@ class Search(Researcher):
             yield {name: chance.choice(steps(constants[name])[:reach]) for name in chosen}
 
 
-NUMBER = r"\d[\d_]*\.?\d*(?:[eE][+-]?\d+)?"
+NUMBER = r"\d(?:_?\d)*\.?\d*(?:[eE][+-]?\d+)?"
 CONSTANT = re.compile(rf"^([A-Z][A-Z0-9_]*)( *= *)({NUMBER})(?=\s*(?:#.*)?$)", re.MULTILINE)
 
 
@@ -923,7 +923,12 @@ def set_constants(source, new):
 
 def steps(text):
     """Neighbours of a number worth trying, as source text, the bold ones first; [] for one with none."""
-    value = ast.literal_eval(text)
+    try:
+        value = ast.literal_eval(text)
+        if not abs(float(value)) < 1e15:
+            return []
+    except (SyntaxError, ValueError, OverflowError):  # 007 in a text, or a number without end
+        return []
     if isinstance(value, int):
         near = [value // 2, value * 2, round(value * 0.7), round(value * 1.4)]
         return [str(step) for step in dict.fromkeys(near) if step not in (0, value)]

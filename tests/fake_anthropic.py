@@ -93,6 +93,17 @@ def tokens(value):
     return len(json.dumps(value)) // 4 + 1
 
 
+def mistake(request):
+    """What the API would not take about the turns of a request; None where all is well."""
+    for message in request["messages"]:
+        for block in message["content"]:
+            if block["type"] == "text" and not block["text"].strip():
+                return "messages: text content blocks must contain non-whitespace text"
+            if block["type"] == "tool_use" and not isinstance(block["input"], dict):
+                return "messages: tool_use.input: Input should be a valid dictionary"
+    return None
+
+
 class FakeAnthropic(ThreadingHTTPServer):
     """The server, running from its creation to close(). `requests` and `usage` are what it got and what it charged."""
 
@@ -149,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
             number = len(server.requests)
             server.requests.append({"path": self.path, "headers": dict(self.headers), **request})
             answer = server.script(request, number)
-        self.answer(request, answer)
+        self.answer(request, error(400, words=words) if (words := mistake(request)) else answer)
 
     def answer(self, request, answer):
         server = self.server

@@ -351,6 +351,13 @@ def test_steps_are_sensible_for_the_kind_of_number():
     assert agent_loop.steps("0") == agent_loop.steps("0.0") == []
 
 
+def test_a_number_that_is_none_or_too_large_has_no_steps_and_does_not_end_the_search(monkeypatch):
+    for text in ("007", "1e999", "9" * 400, "9" * 5000):
+        assert agent_loop.steps(text) == []
+    monkeypatch.setattr(sys.modules[__name__], "SOURCE", f'"""\nX = 007\n"""\nBIG = {"9" * 400}\n{SOURCE}')
+    assert agent_loop.Search().draft(Lab("A_LR 1__0 -> 2")).description
+
+
 class Lab:
     """What the search asks of a lab."""
 
