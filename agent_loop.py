@@ -365,7 +365,7 @@ def make_ready(task):
             told = json.loads(answer.read() or "{}")
             code = worker.wait()
         finally:
-            worker.terminate()
+            worker.kill()  # not even in the middle of a long computation does it keep the owner waiting
             worker.wait()
     if "flops" not in told:
         raise Trouble(told.get("trouble") or f"preparing {task.name} broke off (exit code {code}); start again")
@@ -374,7 +374,6 @@ def make_ready(task):
 
 def get_ready(name, descriptor):
     """The life of make_ready()'s process: it answers on a file descriptor, and shows its progress as it comes."""
-    prepare.hear_signals()
     with open(int(descriptor), "w") as answer:
         try:
             prepare.prepare(prepare.get_task(name))
@@ -1136,7 +1135,7 @@ def apply_proposal(given, base):
         return None, "Give edits, a list of {old_str, new_str}, or full_source."
     if len(edits) > MOST_EDITS:
         return None, f"These are {len(edits)} edits; give at most {MOST_EDITS}."
-    places, problems, shown = [], [], 3
+    places, problems, shown = [], [], 0
     for number, edit in enumerate(edits, 1):
         old, new = (edit.get("old_str"), edit.get("new_str")) if isinstance(edit, dict) else (None, None)
         if not isinstance(old, str) or not isinstance(new, str) or not old:
@@ -1147,7 +1146,8 @@ def apply_proposal(given, base):
             found = itertools.islice(re.finditer(re.escape(old), base), 9)
             starts = [base.count("\n", 0, match.start()) + 1 for match in found]
             problems.append(f"Edit {number}: old_str occurs {count} times, at lines {starts}; give more context.")
-        elif shown := shown - 1:
+        elif shown < 2:  # looking for what resembles it takes time
+            shown += 1
             near = quoted(nearest(old, base), 5000)
             problems.append(f"Edit {number}: old_str does not occur. The nearest lines are:\n{near}")
         else:
@@ -1210,9 +1210,12 @@ def read_sources():
     print(json.dumps({"begin": "begin" in names, "submit": "submit" in names, "same": same}))
 
 
+READ_SOURCES = inspect.getsource(read_sources) + "\nread_sources()"  # as it is now: this file may change in mid-run
+
+
 def objection(source, base, lab):
     """Why the new `source` is not worth a trial, in words for its author; None if it is."""
-    if len(source) > (most := max(LONGEST_SOURCE, 2 * len(base))):
+    if len(source) > (most := max(LONGEST_SOURCE, len(base))):
         return f"The result has {len(source):,} characters; train.py may have {most:,}."
     if MARK in source.lower():
         return "The marks around the data that you are shown must not stand in train.py."
@@ -1220,7 +1223,7 @@ def objection(source, base, lab):
         encoded = source.encode()
     except UnicodeEncodeError:
         return "The result holds lone surrogates, which cannot be written to a file."
-    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", inspect.getsource(read_sources) + "\nread_sources()"]
+    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", READ_SOURCES]
     try:
         ended = subprocess.run(command, input=json.dumps([source, base]), capture_output=True, text=True, timeout=60)
         found = json.loads(ended.stdout)
