@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prepare import SEED, TASK, begin, device, machine_flops
+from prepare import SEED, TASK, begin, device, machine_flops, matmul_dtype
 
 # ---- Configuration. Plain literals only: programs read and vary this block. ----
 
@@ -124,7 +124,9 @@ def size_for(compute):
     return depth, *shape_for(depth), max(batch, TASK.seq_len)
 
 
-# ---- Model. Weights are float32, activations bfloat16: products cast their weights, so autocast is never needed. ----
+# ---- Model. Weights are float32, activations DTYPE: products cast their weights, so autocast is never needed. ----
+
+DTYPE = matmul_dtype()
 
 
 def norm(x):
@@ -146,11 +148,11 @@ def previous(x):
 
 
 def rotary_tables(length, head_dim):
-    """cos and sin for rotate(), each [length, 1, 1, head_dim] bfloat16."""
+    """cos and sin for rotate(), each [length, 1, 1, head_dim] of DTYPE."""
     speed = ROTARY_BASE ** -torch.linspace(0, 1, head_dim // 2 + 1, dtype=torch.float64)[:-1]
     angle = torch.arange(length, dtype=torch.float64).outer(speed)
     cos, sin = torch.cat([angle.cos(), angle.cos()], 1), torch.cat([angle.sin(), -angle.sin()], 1)
-    return cos[:, None, None].bfloat16(), sin[:, None, None].bfloat16()
+    return cos[:, None, None].to(DTYPE), sin[:, None, None].to(DTYPE)
 
 
 def attend(q, k, v, window):
@@ -273,12 +275,12 @@ class GPT(nn.Module):
 
     def forward(self, idx):
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        x = norm(self.embed(idx).bfloat16())
+        x = norm(self.embed(idx).to(DTYPE))
         x = x0 = x + torch.sigmoid(self.smear(x[..., : self.smear.in_features])) * previous(x)
-        pair = self.pair_embed((7919 * previous(idx) + idx) % self.pair_embed.num_embeddings).bfloat16()
+        pair = self.pair_embed((7919 * previous(idx) + idx) % self.pair_embed.num_embeddings).to(DTYPE)
         for i, (block, table) in enumerate(zip(self.blocks, self.value_embeds)):
             x = self.residual[i] * x + self.x0[i] * x0
-            x = block(x, None if table is None else table(idx).bfloat16() + pair, cos, sin)
+            x = block(x, None if table is None else table(idx).to(DTYPE) + pair, cos, sin)
         # SOFT_CAP * tanh(z / SOFT_CAP), plus a constant that no softmax can see: sigmoid is several times cheaper than
         # tanh on a CPU, and dividing before the product spares a pass over the largest tensor of the model.
         return 2 * SOFT_CAP * torch.sigmoid(self.head(norm(x) / (SOFT_CAP / 2)).float())
@@ -293,11 +295,11 @@ class GPT(nn.Module):
 
 
 def polar_express(x):
-    """Nearest semi-orthogonal matrices to x [N, R, C], R <= C, approximately: singular values end near 1. In bfloat16.
+    """Nearest semi-orthogonal matrices to x [N, R, C], R <= C, approximately: singular values end near 1. In DTYPE.
 
     Polar Express, arXiv 2505.16932: five quintic steps, each optimal for the range of singular values that is left.
     """
-    x = x.bfloat16()
+    x = x.to(DTYPE)
     # Singular values must start below 1; the margin covers what bfloat16 rounds.
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     for a, b, c in POLAR_EXPRESS:
@@ -389,7 +391,7 @@ def update(adamw, muon, step, progress):
 
 
 def fast_attention(device):
-    """Context that picks attention kernels: the fastest that are right on a GPU, plain bfloat16 products on a CPU.
+    """Context that picks attention kernels: the fastest that are right on a GPU, plain products on a CPU.
 
     At the lengths a CPU can train, its fused kernel is slower than the products it avoids storing. cuDNN's gradients
     were NaN for some shapes on cards other than those of CUDNN_CAPABILITY (pytorch#196678). Kept outside the model so
