@@ -1732,9 +1732,23 @@ ENVIRONMENT = re.compile(
 )
 
 
-def environment(**more):
-    """The environment of a process of a trial: an allow-list of ours, and `more`."""
-    return {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)} | more
+def environment():
+    """Of this process's environment, what the processes of a trial inherit."""
+    return {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)}
+
+
+def room_environment(room, told):
+    """Environment of a trial's process in the folder `room`, `told` to it by the proctor: a dict of strings."""
+    return environment() | {
+        "AUTORESEARCH_TRIAL": json.dumps(told),
+        "HOME": str(room),
+        "TMPDIR": str(room),
+        "TORCHINDUCTOR_CACHE_DIR": str(room / "compiled"),
+        "TRITON_CACHE_DIR": str(room / "compiled" / "triton"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its worker pool would need the machine's shared memory
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2060,6 +2074,19 @@ def move_compiled(folder, old, new):
                         file.write(content)
 
 
+def memory_errors():
+    """Errors that the memory of the GPUs has made and could not correct, by their driver's count; 0 where none counts.
+
+    After one, the next process may find the device well, and what the error has broken would look like a crash.
+    """
+    query = ["nvidia-smi", "--query-gpu=ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if has_gpu():
+            said = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
+            return sum(int(line) for line in said.split() if line.isdigit())
+    return 0
+
+
 def lay_out_room(out, source, warm):
     """Make the folder that a candidate runs in: train.py (`source`, bytes), prepare.py, and what `warm` had compiled.
 
@@ -2087,20 +2114,10 @@ def start_candidate(room, rules, task, seed, flops):
     output, child_output = os.pipe()
     told = {"task": dataclasses.asdict(task), "seed": seed, "flops": flops, "fd": theirs.fileno()}
     told["device"] = "cuda" if has_gpu() else "cpu"
-    settings = environment(
-        AUTORESEARCH_TRIAL=json.dumps(told),
-        HOME=str(room),
-        TMPDIR=str(room),
-        TORCHINDUCTOR_CACHE_DIR=str(room / "compiled"),
-        TRITON_CACHE_DIR=str(room / "compiled" / "triton"),
-        TORCHINDUCTOR_COMPILE_THREADS="1",  # its worker pool would need the machine's shared memory
-        PYTHONUNBUFFERED="1",
-        PYTHONDONTWRITEBYTECODE="1",
-    )
     streams = {"stdin": subprocess.DEVNULL, "stdout": child_output, "stderr": child_output}
     command, passed = [sys.executable, "train.py"], [theirs.fileno()]
     try:
-        child = start_confined(command, rules, cwd=room, env=settings, pass_fds=passed, **streams)
+        child = start_confined(command, rules, cwd=room, env=room_environment(room, told), pass_fds=passed, **streams)
     finally:
         os.close(child_output)
         theirs.close()
@@ -2117,6 +2134,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     or OSError, with nothing started, where data or disk are not fit, and Pause where the machine is at fault.
     """
     folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
+    errors = memory_errors()
     source = Path(train_py).resolve().read_bytes()
     level = sandbox_level() if sandbox else "none"
     hidden = read_meta(task).get("hidden_folders", [])
@@ -2151,6 +2169,10 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
             except Refused as refusal:
                 result |= {"outcome": "invalid", "reason": str(refusal)}
         result |= finish_exam(examiner, submission, task, verify(task), beat)
+    if result["outcome"] != "ok" and memory_errors() > errors:
+        raise Pause(
+            "the GPU's memory made errors during the trial (nvidia-smi -q -d ECC); a reset or a restart may help"
+        )
     result |= {
         "total_seconds": round(time.monotonic() - begun, 3),
         "task": task.name,
@@ -2579,8 +2601,7 @@ def rehearse(task, level):
                 try:
                     code = child.wait(task.startup_limit)
                 finally:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(child.pid, signal.SIGKILL)
+                    kill_group(child)
                     child.wait()
         except subprocess.TimeoutExpired:
             raise Trouble(f"no end of a small program after {task.startup_limit:.0f} s; look at the machine") from None
@@ -2606,19 +2627,6 @@ def rehearsal_fault(said, code):
     elif "C compiler" in said or "C++ compiler" in said:
         advice = "Triton needs a C compiler: install gcc"
     return f"a small program failed ({reason}); {advice}"
-
-
-def room_environment(room, told):
-    """Environment of a trial's process in the folder `room`, `told` to it by the proctor: a dict of strings."""
-    return {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)} | {
-        "AUTORESEARCH_TRIAL": json.dumps(told),
-        "HOME": str(room),
-        "TMPDIR": str(room),
-        "TORCHINDUCTOR_CACHE_DIR": str(room / "compiled"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its worker pool would need the machine's shared memory
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
 
 
 HURRY = 5.0  # seconds that a program may take to end in good order, undisturbed

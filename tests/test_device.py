@@ -51,6 +51,18 @@ def test_a_gpu_that_fails_in_the_exam_is_the_fault_of_the_machine(fault, words, 
     assert not (tmp_path / "out" / "result.json").exists()
 
 
+def test_a_crash_while_the_memory_of_the_gpu_made_errors_is_the_fault_of_the_machine(on_gpu, candidate, tmp_path):
+    counter = tmp_path / "bin" / "nvidia-smi"
+    counter.parent.mkdir()
+    counter.write_text(f"#!/bin/sh\necho 1 >>{tmp_path}/asked\nwc -l <{tmp_path}/asked\n")
+    counter.chmod(0o755)
+    path = candidate(before="raise RuntimeError('CUDA error: an illegal memory access was encountered')")
+    arguments = ["trial", path, "--task", "tiny", "--flops", "1e12", "--out", tmp_path / "out"]
+    said = on_gpu("prepare.py", *arguments, PATH=f"{counter.parent}:{os.environ['PATH']}")
+    assert said.returncode == 75 and "the GPU's memory made errors" in said.stderr, said
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
 def test_a_gpu_that_torch_cannot_use_stops_everything_with_one_sentence(on_gpu, candidate, tmp_path):
     by_hand = tmp_path / "train.py"
     by_hand.write_text(candidate().read_text())
