@@ -1,6 +1,7 @@
 """The scripts that look at GPUs, on a CPU: gpu_smoke.py at a small size, and what compile_cuda.py reads of memory."""
 
 import dataclasses
+import tempfile
 
 import compile_cuda
 import gpu_smoke
@@ -20,6 +21,8 @@ def measure(monkeypatch, tmp_path):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(gpu_smoke, "EXAM_SHARE", 1.0)
     monkeypatch.setattr(gpu_smoke, "STEPS", 3)
+    monkeypatch.setattr(gpu_smoke, "REPEATS", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for module in (train, prepare):
         monkeypatch.setattr(module, "TASK", SMALL)
     gpu_smoke.write_data(SMALL, 64)
