@@ -161,24 +161,23 @@ def print_memory():
 # Code
 
 
-def pretend(capability):
-    """Have torch and Triton believe in a CUDA device of that compute capability, on which nothing can be launched.
-
-    For the rest of the process. Returns the list of kernels as they are compiled: (name, configurations, those that
-    take more shared memory than the card has).
-    """
-    import torch._inductor.runtime.triton_helpers as triton_helpers
-    import torch._inductor.runtime.triton_heuristics as triton_heuristics
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
+def pretend_cuda(capability):
+    """Have torch believe in a CUDA device of that compute capability, for the rest of the process."""
     major, minor = capability
     properties = types.SimpleNamespace(
-        **dict(name="pretended", major=major, minor=minor, multi_processor_count=100, total_memory=24 * 2**30),
-        **dict(regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048 if minor == 0 else 1536),
-        **dict(warp_size=32, max_threads_per_block=1024, L2_cache_size=2**25, shared_memory_per_block=49152),
-        **dict(shared_memory_per_block_optin=SHARED_MEMORY[capability]),
-        **dict(shared_memory_per_multiprocessor=SHARED_MEMORY[capability] + 1024),
+        name="pretended",
+        major=major,
+        minor=minor,
+        warp_size=32,
+        multi_processor_count=100,
+        max_threads_per_block=1024,
+        max_threads_per_multi_processor=2048 if minor == 0 else 1536,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=SHARED_MEMORY[capability],
+        shared_memory_per_multiprocessor=SHARED_MEMORY[capability] + 1024,
+        L2_cache_size=2**25,
+        total_memory=24 * 2**30,
     )
     cuda = torch.cuda
     cuda.is_available, cuda.device_count, cuda.current_device = lambda: True, lambda: 1, lambda: 0
@@ -191,13 +190,28 @@ def pretend(capability):
     torch.Tensor.__invert__ = lambda tensor: aten.bitwise_not(tensor)
     torch.Tensor.copy_ = lambda tensor, source: aten.copy_(tensor, source)
 
-    target, kernels = GPUTarget("cuda", 10 * major + minor, 32), []
-    driver.set_active(
-        types.SimpleNamespace(
-            **dict(get_current_target=lambda: target, get_current_device=lambda: 0, is_active=lambda: True),
-            **dict(get_current_stream=lambda *_: 0, get_device_interface=lambda: cuda),
-        )
-    )
+
+def pretend_triton(capability):
+    """Have Triton compile for that compute capability and load nothing, for the rest of the process.
+
+    Returns a list that grows as kernels are compiled: (name, configurations, those of them that take more shared memory
+    than the card has).
+    """
+    import torch._inductor.config as config
+    import torch._inductor.runtime.triton_helpers as triton_helpers
+    import torch._inductor.runtime.triton_heuristics as triton_heuristics
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target, kernels = GPUTarget("cuda", 10 * capability[0] + capability[1], 32), []
+    answers = {
+        "get_current_target": target,
+        "get_current_device": 0,
+        "get_current_stream": 0,
+        "get_device_interface": torch.cuda,
+        "is_active": True,
+    }
+    driver.set_active(types.SimpleNamespace(**{name: lambda *_, value=value: value for name, value in answers.items()}))
     triton_helpers.set_driver_to_gpu = lambda: None
 
     def count(autotuner):  # in place of loading the compiled kernels
@@ -206,7 +220,7 @@ def pretend(capability):
         kernels.append((autotuner.fn.__name__, len(taken), sum(n > SHARED_MEMORY[capability] for n in taken)))
 
     triton_heuristics.CachingAutotuner._make_launchers = count
-    torch._inductor.config.compile_threads, torch._inductor.config.fx_graph_cache = 1, False
+    config.compile_threads, config.fx_graph_cache = 1, False
     torch.utils._triton.has_triton.cache_clear()
     return kernels
 
@@ -256,7 +270,8 @@ def compile_for(card):
                 stack = torch.zeros_like(first), torch.zeros_like(first), first, second
                 graphs = trace(train.muon_update, *stack, muon.lr * gain, muon.momentum, muon.decay)
                 muons.append((tuple(first.shape), *graphs))
-    kernels = pretend(card.capability)
+    pretend_cuda(card.capability)
+    kernels = pretend_triton(card.capability)
     compile_graph("forward", forward, kernels)
     compile_graph("backward", backward, kernels, is_backward=True)
     for shape, graph in muons:
