@@ -97,7 +97,11 @@ def trace_step(task, size, rows, capability):
     """(forward, backward, bytes of weights, gradients and optimisers) of a pass of `rows` rows; size: see size_for."""
     cudnn = train.ATTENTION_KERNELS[0] == "CUDNN_ATTENTION" and capability[0] in train.CUDNN_CAPABILITY
     depth, dim, head_dim, _ = size
-    with mock.patch.object(F, "scaled_dot_product_attention", cuda_attention(cudnn)), FakeTensorMode():
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", cuda_attention(cudnn)),
+        mock.patch.object(train, "DTYPE", torch.bfloat16),  # whatever the CPU that traces would take
+        FakeTensorMode(),
+    ):
         model = train.GPT(task.vocab_size, task.seq_len, depth, dim, head_dim)
         text = torch.zeros(rows, task.seq_len + 1, dtype=torch.int64)
         x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()

@@ -1,12 +1,13 @@
 """The scripts that look at GPUs, on a CPU: gpu_smoke.py at a small size, and what compile_cuda.py reads of memory."""
 
 import dataclasses
-import tempfile
+import os
 
 import compile_cuda
 import gpu_smoke
 import pytest
 import torch
+from conftest import ROOT
 
 import prepare
 import train
@@ -19,21 +20,33 @@ CPU, FLOPS = torch.device("cpu"), 2e11
 def measure(monkeypatch, tmp_path):
     """measure(*parts): {what: row} of those parts on the CPU, over random tokens in a cache of their own."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gpu_smoke, "EXAM_SHARE", 1.0)
-    monkeypatch.setattr(gpu_smoke, "STEPS", 3)
     monkeypatch.setattr(gpu_smoke, "REPEATS", 1)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for module in (train, prepare):
-        monkeypatch.setattr(module, "TASK", SMALL)
     gpu_smoke.write_data(SMALL, 64)
     return lambda *parts: {row.what: row for row in gpu_smoke.measure(parts, SMALL, CPU, FLOPS, tmp_path)}
 
 
-def test_the_baseline_is_measured_from_warm_up_to_exam(measure):
-    rows = measure(gpu_smoke.baseline, gpu_smoke.out_of_memory)
-    assert all(row.fine for row in rows.values()), rows
-    assert rows["baseline: graphs compiled after warm-up"].value == 0
-    assert rows["exam: seconds of a new best, from 100% of the rows"].value.endswith("leak 0")
+ON_GPU = """
+import sys, tempfile
+sys.path.insert(0, "tests")
+from pathlib import Path
+import gpu_smoke, prepare, torch
+
+task = prepare.Task("smoke", "smoke", 64, 300, 2**13, 2.0, split_long=True)
+gpu_smoke.STEPS, gpu_smoke.REPEATS, gpu_smoke.EXAM_SHARE, tempfile.tempdir = 3, 1, 1.0, sys.argv[1]
+gpu_smoke.write_data(task, 64)
+gpu_smoke.print_table(gpu_smoke.measure([gpu_smoke.baseline], task, torch.device("cuda"), 2e11, Path(sys.argv[1])))
+"""
+
+
+def test_the_baseline_is_measured_from_warm_up_to_exam(gpu_python, run, tmp_path):
+    """On the device that the CPU plays."""
+    setting = {"TORCH_STAND_IN": "NVIDIA H100 80GB HBM3", "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
+    said = run(gpu_python, "-c", ON_GPU, tmp_path, cwd=ROOT, env=os.environ | setting)
+    table = dict(line[2:-2].split(" | ") for line in said.stdout.splitlines() if line.startswith("| "))
+    assert "WRONG" not in said.stdout, said.stderr
+    assert table["baseline: graphs compiled after warm-up"] == "0"
+    assert table["baseline: GB of memory at most in training"] == "1.07"
+    assert table["exam: seconds of a new best, from 100% of the rows"].endswith("leak 0")
 
 
 def test_the_smoke_test_holds_a_trial_with_a_compiled_model(measure):
