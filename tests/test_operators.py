@@ -25,6 +25,7 @@ TOKENS = torch.randint(0, zoo.VOCABULARY, (4, zoo.LENGTH), generator=torch.Gener
 @pytest.fixture(scope="module")
 def seal_of():
     """seal_of(name): (model, program, tensors) of a model of the zoo, made once."""
+    torch.set_num_threads(1)  # these tensors are too small to share, least of all on a busy machine
     made = {}
 
     def seal_of(name):
@@ -264,7 +265,7 @@ def test_the_fuzzer_finds_nothing(seal_of, tmp_path):
 
     seeds = fuzz_operators.choose([(program, tensors) for _, program, tensors in map(seal_of, zoo.ZOO)], TOKENS)
     (tmp_path / "seeds.json").write_text(json.dumps(seeds))
-    ended = run_fuzzer("fuzz_operators.py", "--calls", "3000", "--seconds", "10", "--corpus", tmp_path / "seeds.json")
+    ended = run_fuzzer("fuzz_operators.py", "--calls", "2500", "--seconds", "8", "--corpus", tmp_path / "seeds.json")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counts = json.loads(ended.stdout.splitlines()[-1])
     assert counts["findings"] == 0 and counts["accepted"] > 100 and counts["refused by us"], counts
