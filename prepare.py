@@ -1117,6 +1117,10 @@ def check_attention(query, key, value, attn_mask=None, dropout_p=0.0, *rest, **o
     """
     if dropout_p or key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
         raise Refused("attention needs a key and a value of the same length, and no dropout")
+    if attn_mask is not None:
+        full = (*query.shape[:-1], key.shape[-2])[::-1]
+        if attn_mask.ndim > len(full) or any(n not in (1, size) for n, size in zip(attn_mask.shape[::-1], full)):
+            raise Refused(f"an attention mask of shape {[*attn_mask.shape]} does not fit {[*full[::-1]]}")
 
 
 def check_search(sorted_sequence, self, out_int32=False, right=False, side=None, sorter=None):

@@ -141,6 +141,12 @@ def test_an_attention_is_refused_whose_key_is_shorter_than_its_value():
         forward_of("scaled_dot_product_attention.default", [{"slot": i} for i in range(3)], {}, tensors=tensors)
 
 
+def test_an_attention_is_refused_whose_mask_is_of_another_size():
+    tensors = {"x": torch.ones(1, 1, 8, 4), "mask": torch.zeros(8, 4)}
+    with pytest.raises(prepare.Refused, match="does not fit"):
+        forward_of("scaled_dot_product_attention.default", [X, X, X, {"slot": 1}], {}, tensors=tensors)
+
+
 def test_a_result_is_refused_that_is_too_large_for_sizes_to_be_multiplied():
     wide = torch.ones(1, 1).expand(2**16, 2**16)
     for tensors in ({"x": wide}, {"x": torch.ones(2**8), "y": torch.ones(0, 2**40)}):
@@ -197,6 +203,13 @@ def test_a_file_with_a_strange_dtype_is_refused(dtype, tmp_path):
 def test_a_tensor_that_the_program_does_not_name_is_not_read(tmp_path):
     program, forward = load(tmp_path, stored={"x": torch.ones(2), "y": torch.zeros(4).to(torch.float8_e5m2)})
     assert torch.equal(forward(TOKENS), torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", "int16", "float16", "bfloat16", "float64", "complex64"])
+def test_a_file_with_a_plain_dtype_is_read_as_it_was_saved(dtype, tmp_path):
+    tensor = torch.tensor([0, 1]).to(getattr(torch, dtype))
+    program, forward = load(tmp_path, stored={"x": tensor})
+    assert torch.equal(forward(TOKENS), tensor) and forward(TOKENS).dtype == tensor.dtype
 
 
 def test_truth_values_are_read_as_no_more_than_true_or_false(tmp_path):
