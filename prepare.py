@@ -2177,15 +2177,9 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         raise Pause(
             "the GPU's memory made errors during the trial (nvidia-smi -q -d ECC); a reset or a restart may help"
         )
-    result |= {
-        "total_seconds": round(time.monotonic() - begun, 3),
-        "task": task.name,
-        "budget": task.time_budget,
-        "seed": seed,
-        "sandbox": level,
-        "python": platform.python_version(),
-        "sha256": {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)},
-    }
+    result |= {"total_seconds": round(time.monotonic() - begun, 3), "task": task.name, "budget": task.time_budget}
+    result |= {"seed": seed, "sandbox": level, "python": platform.python_version()}
+    result["sha256"] = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
     write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -2343,7 +2337,7 @@ class Reader:
         self.send(targets.tobytes())
         self.expect(LOSSES)
         losses = np.frombuffer(self.receive(4 * targets.size), dtype=np.float32).reshape(targets.shape)
-        if not losses.min() >= -1e-3:  # NaN as well
+        if not (np.isfinite(losses).all() and losses.min() >= -1e-3):
             raise Refused("the exam of the sealed model gave losses that are no losses")
         return losses
 
@@ -2444,6 +2438,18 @@ def finish_exam(examiner, path, task, folder, beat):
     return facts
 
 
+def moved(losses, cuts, probed):
+    """Largest change, from reader to reader, of a loss before its row's cut.
+
+    losses, probed: {batch: float32 [B, T]}, all finite; cuts: [batches, B].
+    """
+    changes = []
+    for index, others in probed.items():
+        early = np.arange(others.shape[1]) < cuts[index, :, None]
+        changes.append(np.abs(others - losses[index])[early].max())
+    return float(max(changes))
+
+
 def examine(path, task, folder, beat=None, examiner=None, deadline=None):
     """Score the sealed model at `path` on the validation rows: {outcome, val_bpb, eval_seconds, leak}.
 
@@ -2476,11 +2482,6 @@ def examine(path, task, folder, beat=None, examiner=None, deadline=None):
         late = np.arange(task.seq_len) >= cuts[..., None]
         return cuts, read(np.where(late, replaced, rows[..., :-1]), chosen)
 
-    def moved(losses, cuts, probed):
-        """Largest change of a loss before its row's cut, from reader to reader."""
-        early = {index: np.arange(task.seq_len) < cuts[index, :, None] for index in probed}
-        return max(float(np.abs(probed[index] - losses[index])[early[index]].max()) for index in probed)
-
     count = max(1, min(3 * len(rows) // 8, 1024 // batch))
     sample = probe(sorted(np.random.default_rng().permutation(len(rows))[:count].tolist()))
     losses = read(rows[..., :-1], range(len(rows)))
@@ -2490,10 +2491,9 @@ def examine(path, task, folder, beat=None, examiner=None, deadline=None):
     leak = moved(losses, *sample)
     for _ in range(2 if beat is None or val_bpb < beat else 0):
         leak = max(leak, moved(losses, *probe(range(len(rows)))))
-    if not leak <= LEAK_TOLERANCE:
-        again = read(rows[..., :-1], range(1))
-        noise = float(np.abs(again[0] - losses[0]).max())
-        if not noise <= LEAK_TOLERANCE:
+    if leak > LEAK_TOLERANCE:
+        noise = float(np.abs(read(rows[..., :-1], [0])[0] - losses[0]).max())
+        if noise > LEAK_TOLERANCE:
             raise Refused(f"the model is not deterministic: the same tokens gave losses that differ by {noise:.2g}")
         raise Refused(f"the model is not causal: tokens that come later moved the losses of earlier ones by {leak:.2g}")
     seconds = round(time.monotonic() - started, 3)

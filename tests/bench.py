@@ -171,7 +171,7 @@ def training():
     matrices = list(model.blocks.parameters())
     adamw, muon, singles = train.make_adamw(model), train.Muon(matrices), [train.Muon([m]) for m in matrices]
     unfused = torch.optim.AdamW([{**group, "fused": False} for group in adamw.param_groups])
-    q, k, v = torch.randn(3, 8, dim // head_dim, TASK.seq_len, head_dim).bfloat16()
+    q, k, v = torch.randn(3, 8, dim // head_dim, TASK.seq_len, head_dim).to(train.DTYPE)
     window = min(model.windows)
     distance = torch.arange(TASK.seq_len)[:, None] - torch.arange(TASK.seq_len)
     band = (distance >= 0) & (distance < window)
@@ -187,7 +187,7 @@ def training():
 
     with train.fast_attention(torch.device("cpu")):
         both = seconds(lambda: loss_of(tokens, tokens).backward(), 20) * passes
-        head = seconds(lambda: plain_loss(torch.randn(*tokens.shape, dim).bfloat16().requires_grad_()), 20) * passes
+        head = seconds(lambda: plain_loss(torch.randn(*tokens.shape, dim).to(train.DTYPE).requires_grad_()), 20) * passes
         optimisers = seconds(lambda: train.update(adamw, muon, 0, 1.0), 20)
         plain = seconds(plain_optimisers, 20)
         ours = seconds(lambda: train.attend(q, k, v, window), 20)
@@ -200,52 +200,6 @@ def training():
         ("step: TFLOP/s, against the measured rate", model.flops_per_token() * batch / step / 1e12, peak / 1e12),
         ("attention: short window, against a banded mask", ours, banded),
     ]
-
-
-def saved_bytes(task, flops, rows):
-    """(bytes that one pass of `rows` rows keeps for its backward, uncompiled; bytes of weights and optimisers)."""
-    import train
-
-    train.TASK, attend = task, train.attend
-    train.attend = lambda q, k, v, window: q * k * v  # keeps what a fused kernel keeps
-    try:
-        depth, dim, head_dim, _ = train.size_for(flops * train.EXPECTED_MFU * task.time_budget)
-        with torch.device("meta"):
-            model = train.GPT(task.vocab_size, task.seq_len, depth, dim, head_dim)
-            tokens = torch.zeros(rows, task.seq_len, dtype=torch.int64)
-        kept = {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = train.make_loss(model, compiled=False)(tokens, tokens)
-        del loss
-    finally:
-        train.TASK, train.attend = TASK, attend
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    return sum(storage.nbytes() for storage in kept.values()) - weights, 4 * weights
-
-
-def cards():
-    """Rows on GPU memory, estimated on the meta device: what one pass at climbmix's size takes, against the card's.
-
-    Uncompiled, so an upper bound. Rates are of dense bfloat16 products; the rows are those that start-up would keep.
-    """
-    import train
-
-    task, table = prepare.TASKS["climbmix"], []
-    for name, gigabytes, flops in (("8 GB", 8, 3e13), ("12 GB", 12, 4e13), ("24 GB", 24, 7e13), ("80 GB", 80, 7e14)):
-        batch = train.size_for(flops * train.EXPECTED_MFU * task.time_budget)[-1]
-        rows = min(train.DEVICE_TOKENS, batch) // task.seq_len
-        while rows > 1 and sum(saved_bytes(task, flops, rows)) > 0.9e9 * gigabytes:
-            rows //= 2
-        taken = sum(saved_bytes(task, flops, rows)) / 1e9
-        table.append(
-            (f"memory: GB at {rows} of {batch // task.seq_len} rows, against a card of {name}", taken, gigabytes)
-        )
-    return table
 
 
 def start_of_the_loop():
@@ -277,7 +231,6 @@ def main():
             *exam(folder, Path(scratch)),
             ("agent_loop.py --help, against an empty program", *start_of_the_loop()),
             *training(),
-            *cards(),
             *overhead(Path(scratch), 60.0),
             *keep_rule(),
         ]
