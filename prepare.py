@@ -911,44 +911,47 @@ def device():
 OPERATORS = frozenset(
     """
     __and__.Scalar __and__.Tensor __lshift__.Scalar __lshift__.Tensor __or__.Scalar __or__.Tensor __rshift__.Scalar
-    __rshift__.Tensor __xor__.Tensor _conj.default _to_copy.default _unsafe_view.default abs.default acos.default
-    add.Tensor addcdiv.default addcmul.default addmm.default alias.default all.default all.dim amax.default
-    amin.default aminmax.default angle.default any.default any.dim arange.default arange.start arange.start_step
-    argmax.default argmin.default argsort.default argsort.stable asin.default atan.default atan2.default
-    avg_pool1d.default baddbmm.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor_Scalar
-    bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bitwise_right_shift.Tensor_Scalar bitwise_xor.Tensor
-    bmm.default bucketize.Tensor cat.default ceil.default celu.default clamp.Tensor clamp.default clamp_max.default
-    clamp_min.default clip.default clone.default complex.default concat.default conv1d.default conv1d.padding
-    conv2d.default copy.default copysign.Tensor cos.default cosh.default cosine_similarity.default
-    count_nonzero.default cummax.default cummin.default cumprod.default cumsum.default detach.default diag.default
-    diag_embed.default diagonal.default diff.default div.Tensor div.Tensor_mode dot.default einsum.default elu.default
-    embedding.default eq.Scalar eq.Tensor erf.default exp.default exp2.default expand.default expm1.default
-    eye.default fft_fft.default fft_ifft.default fft_irfft.default fft_rfft.default fill.Tensor flip.default
-    floor.default floor_divide.default fmod.Scalar full.default full_like.default gather.default ge.Scalar ge.Tensor
-    gelu.default glu.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default
-    hardtanh.default hypot.default im2col.default index.Tensor index_add.default index_copy.default
-    index_fill.int_Scalar index_put.default index_select.default inner.default isfinite.default isin.Tensor_Tensor
-    isinf.default isnan.default kron.default layer_norm.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar
-    lerp.Tensor linalg_vector_norm.default linear.default linspace.default log.default log10.default log1p.default
-    log2.default log_sigmoid.default log_softmax.int logaddexp.default logcumsumexp.default logical_and.default
-    logical_not.default logical_or.default logical_xor.default logsumexp.default lt.Scalar lt.Tensor
-    masked_fill.Scalar masked_scatter.default matmul.default max.default max.dim max_pool1d.default maximum.default
-    mean.default mean.dim meshgrid.indexing min.default min.dim minimum.default mish.default mm.default mul.Tensor
-    mv.default nan_to_num.default ne.Scalar ne.Tensor neg.default new_full.default new_ones.default new_zeros.default
-    one_hot.default ones.default ones_like.default outer.default pad.default permute.default polar.default pow.Scalar
-    pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.default prod.dim_int reciprocal.default relu.default
-    relu6.default remainder.Scalar repeat.default repeat_interleave.self_int rms_norm.default roll.default
-    rot90.default round.decimals round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default
-    scaled_dot_product_attention.default scatter.src scatter.value scatter_add.default scatter_reduce.two
-    searchsorted.Tensor select.int select_scatter.default selu.default sgn.default sigmoid.default sign.default
-    silu.default sin.default sinh.default slice.Tensor slice_scatter.default softmax.int softplus.default sort.default
-    sort.stable special_expit.default special_logit.default split.Tensor split_with_sizes.default sqrt.default
-    square.default squeeze.default squeeze.dim squeeze.dims stack.default std.correction std.dim std_mean.dim
-    sub.Tensor sum.default sum.dim_IntList t.default take_along_dim.default tan.default tanh.default tensordot.default
-    threshold.default tile.default topk.default transpose.int tril.default triu.default true_divide.Tensor
-    trunc.default type_as.default unbind.int unfold.default unsqueeze.default upsample_nearest1d.vec var.correction
-    var.dim var_mean.dim view.default view_as_complex.default view_as_real.default vstack.default where.ScalarOther
-    where.ScalarSelf where.self xlogy.Tensor zeros.default zeros_like.default
+    __rshift__.Tensor __xor__.Scalar __xor__.Tensor _conj.default _to_copy.default _unsafe_view.default abs.default
+    acos.default add.Tensor addcdiv.default addcmul.default addmm.default alias.default all.default all.dim all.dims
+    amax.default amin.default aminmax.default angle.default any.default any.dim any.dims arange.default arange.start
+    arange.start_step argmax.default argmin.default argsort.default argsort.stable asin.default atan.default
+    atan2.default avg_pool1d.default baddbmm.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor
+    bitwise_left_shift.Tensor_Scalar bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor
+    bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar bitwise_xor.Scalar bitwise_xor.Tensor bmm.default
+    bucketize.Tensor cat.default ceil.default celu.default clamp.Tensor clamp.default clamp_max.Tensor
+    clamp_max.default clamp_min.Tensor clamp_min.default clip.default clone.default complex.default concat.default
+    conv1d.default conv1d.padding conv2d.default copy.default copysign.Tensor cos.default cosh.default
+    cosine_similarity.default count_nonzero.default cummax.default cummin.default cumprod.default cumsum.default
+    detach.default diag.default diag_embed.default diagonal.default diff.default div.Tensor div.Tensor_mode
+    dot.default einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default exp.default exp2.default
+    expand.default expm1.default eye.default fft_fft.default fft_ifft.default fft_irfft.default fft_rfft.default
+    fill.Scalar fill.Tensor flip.default floor.default floor_divide.default fmod.Scalar fmod.Tensor full.default
+    full_like.default gather.default ge.Scalar ge.Tensor gelu.default glu.default group_norm.default gt.Scalar
+    gt.Tensor hardsigmoid.default hardswish.default hardtanh.default hstack.default hypot.default im2col.default
+    index.Tensor index_add.default index_copy.default index_fill.int_Scalar index_put.default index_select.default
+    inner.default isfinite.default isin.Tensor_Tensor isinf.default isnan.default kron.default layer_norm.default
+    le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor linalg_vector_norm.default linear.default
+    linspace.default log.default log10.default log1p.default log2.default log_sigmoid.default log_softmax.int
+    logaddexp.default logcumsumexp.default logical_and.default logical_not.default logical_or.default
+    logical_xor.default logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor
+    masked_scatter.default matmul.default max.default max.dim max.other max_pool1d.default maximum.default
+    mean.default mean.dim meshgrid.indexing min.default min.dim min.other minimum.default mish.default mm.default
+    mul.Tensor mv.default nan_to_num.default ne.Scalar ne.Tensor neg.default new_full.default new_ones.default
+    new_zeros.default one_hot.default ones.default ones_like.default outer.default pad.default permute.default
+    polar.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.default prod.dim_int
+    reciprocal.default relu.default relu6.default remainder.Scalar remainder.Scalar_Tensor remainder.Tensor
+    repeat.default repeat_interleave.self_int rms_norm.default roll.default rot90.default round.decimals round.default
+    rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default scaled_dot_product_attention.default scatter.src
+    scatter.value scatter_add.default scatter_reduce.two searchsorted.Tensor select.int select_scatter.default
+    selu.default sgn.default sigmoid.default sign.default silu.default sin.default sinh.default slice.Tensor
+    slice_scatter.default softmax.int softplus.default sort.default sort.stable special_expit.default
+    special_logit.default split.Tensor split_with_sizes.default sqrt.default square.default squeeze.default
+    squeeze.dim squeeze.dims stack.default std.correction std.dim std_mean.dim sub.Tensor sum.default sum.dim_IntList
+    t.default take_along_dim.default tan.default tanh.default tensordot.default threshold.default tile.default
+    topk.default transpose.int tril.default triu.default true_divide.Tensor trunc.default type_as.default unbind.int
+    unfold.default unsqueeze.default upsample_nearest1d.vec var.correction var.dim var_mean.dim view.default
+    view_as_complex.default view_as_real.default vstack.default where.ScalarOther where.ScalarSelf where.self
+    xlogy.Tensor zero.default zeros.default zeros_like.default
     """.split()
 )
 

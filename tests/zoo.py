@@ -833,3 +833,15 @@ def past_of_random_width(x, tokens, p):
         + F.pad(x, (0, 0, 2, 0), "constant", 0.0)[:, :-2]
     )
     return x + out
+
+
+@honest
+def more_spellings(x, tokens, p):
+    """Operands that are tensors where others have numbers, numbers where others have tensors, and writing in place."""
+    number = tokens + 1
+    keys = (tokens % number) + torch.fmod(tokens, number) + (5 % number) + (tokens ^ 5) + torch.bitwise_xor(tokens, 5)
+    keys = keys + torch.bitwise_left_shift(tokens, tokens & 1) + torch.bitwise_right_shift(tokens, tokens & 1)
+    y = torch.max(x, -x) + torch.min(x, previous(x)) + x.masked_fill(keys.unsqueeze(-1) == 1, p("fill", 1).sum())
+    y = y + torch.clamp_max(x, p("most", WIDTH)) + torch.clamp_min(x, p("least", WIDTH))
+    y = y + torch.hstack([x[:, :1], x[:, 1:]]) + torch.zeros_like(x).zero_().add_(x.clone().fill_(0.5)).mul_(2)
+    return y + (x.any((1, 2)) | x.all((1, 2))).view(-1, 1, 1) + (keys % 7).unsqueeze(-1)
