@@ -1547,7 +1547,7 @@ def sandbox_level():
 
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
-M_PERTURB = -6  # mallopt
+M_PERTURB, M_MMAP_MAX, M_TRIM_THRESHOLD = -6, -4, -1  # mallopt
 
 
 LIBC = ctypes.CDLL(None)  # opened once: after a fork, a lock of the loader may be held for good
@@ -2375,7 +2375,10 @@ def answer(question, channel):
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     filter_system_calls(READER_CALLS, SOME_READER_CALLS)
-    LIBC.mallopt(M_PERTURB, 1 + os.urandom(1)[0] % 255)  # memory that was not written differs from reader to reader
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(M_PERTURB, 1 + os.urandom(1)[0] % 255)  # memory that was not written differs from reader to reader
+        LIBC.mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap, and the heap does not shrink: to have the kernel
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # hand out fresh pages again and again would take half of the exam
     said = REFUSED
     try:
         if "path" in question:
