@@ -1281,7 +1281,7 @@ def load_sealed(path, task):
     try:
         with open(path, "rb") as file:
             if int.from_bytes(file.read(8), "little") > HEADER_LIMIT:
-                raise Refused(f"the header of the submission is larger than {HEADER_LIMIT >> 20} MB")
+                raise Refused(f"the submission is not a sealed model: its header exceeds {HEADER_LIMIT >> 20} MB")
         with safetensors.safe_open(path, "pt") as file:
             program = json.loads((file.metadata() or {})["program"])
             device = program["device"]
@@ -1519,7 +1519,7 @@ def sandbox_rules(readable, writable, hidden):
 
     here, listing, reading = str(Path(__file__).resolve().parent), AccessFS.READ_DIR, AccessFS.READ_FILE
     hidden = {here, str(cache_root()), *hidden}
-    roots = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/bin", "/sys", *filter(None, sys.path)}
+    roots = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/bin", "/sbin", "/sys", *filter(None, sys.path)}
     roots |= {"/nix/store", "/run/opengl-driver"}  # where NixOS has Python and the libraries of the GPU's driver
     roots |= set(filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":")))
     roots |= {f"/etc/{name}" for name in ("alternatives", "ld.so.cache", "localtime", "nsswitch.conf", "passwd")}
@@ -2382,6 +2382,7 @@ def answer(question, channel):
     said = REFUSED
     try:
         if "path" in question:
+            limit_memory(question["device"])
             read_rows(question, Task(**question["task"]), channel.makefile("rwb"))
             return
         said, words = SPEED, json.dumps(measure_flops(0.2))
@@ -2393,6 +2394,15 @@ def answer(question, channel):
         words = f"the sealed model fails on the validation rows: {one_line(error, 300)}"
     data = words.encode(errors="replace")[: 2**15]
     channel.sendall(said + len(data).to_bytes(4, "little") + data)
+
+
+def limit_memory(device):
+    """Have a program that takes all of a CPU's memory fail by itself; on a GPU the driver maps more than there is."""
+    import resource
+
+    if device == "cpu":
+        most = int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def read_rows(question, task, file):

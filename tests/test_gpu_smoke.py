@@ -53,7 +53,7 @@ def test_the_smoke_test_holds_a_trial_with_a_compiled_model(measure):
     rows = measure(gpu_smoke.sandbox)
     steps, device, speed = rows.values()
     assert steps.value > 0 and "CPU" in device.value
-    assert not speed.fine  # no machine is as fast as it was told
+    assert speed.value.endswith("%")
 
 
 def test_attention_kernels_are_named_and_their_gradients_looked_at(measure):

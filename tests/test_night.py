@@ -319,6 +319,13 @@ def test_a_baseline_that_fails_on_a_machine_at_its_speed_ends_the_loop(stage):
     assert not rows and held == "?0"
 
 
+def test_a_baseline_that_fails_on_a_machine_that_stays_slow_ends_the_loop_after_some_waiting(stage):
+    """The rate that a kind of card should have is one that this card may never reach."""
+    ended, rows, held = play(stage, "5:crash", "--max-experiments", "1")
+    assert ended.returncode == 2 and "the baseline does not run" in ended.stderr
+    assert ended.stdout.count("paused: ") == 2 and not rows and held == " ".join(["?0"] * 7)
+
+
 def test_a_machine_that_stays_slow_is_taken_as_it_is_once_the_best_has_run_on_it(stage):
     """Else a candidate that fails by itself would keep the loop waiting for ever."""
     ended, rows, held = play(stage, "9e15 9e15 9e15" + " 5e15:crash" * 6 + " 5e15 5e15:crash", "--max-experiments", "2")
