@@ -56,6 +56,7 @@ MAX_RUNS = 3  # of one candidate
 KEEP_AT, DISCARD_AT = 0.90, 0.80  # probability that the candidate is better; chosen by tests/nights.py
 SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
 SLOW_TRIES = 3  # of a run that fails while the machine is slower than that, until the loop waits
+MOST_FAULTS = 3  # of the machine in a row, until the best shows whether it is the candidate that brings them about
 SLOW_PAUSES = 2  # until the best shows whether the machine's new speed is one to be judged at
 LOCK_TRIES = 10  # for a lock in the git repository to go away, five a second
 PAUSE = 60.0  # seconds until a full disk or a missing GPU is looked at again
@@ -393,6 +394,7 @@ class Lab:
         self.experiments, self.started, self.held = [], time.monotonic(), 0  # held: experiments since the start
         self.drafted = None  # a Draft that is not committed yet
         self.running = self.watched = None  # for the live view: (commit, description); (number of the run, its curve)
+        self.faults = collections.Counter()  # {commit: trials in a row in which the machine was at fault}
         self.settled, self.slow_pauses = None, 0  # rate at which the best has shown to run again; pauses for slowness
 
     def say(self, text, style=""):
@@ -652,7 +654,17 @@ class Lab:
             (out / "result.json").unlink()
             raise
         if not result and proctor.returncode == prepare.PAUSE_CODE:
-            raise Pause(last)
+            self.faults[commit] += 1
+            if self.faults[commit] <= MOST_FAULTS or not self.experiments or commit == self.best.commit:
+                raise Pause(last)
+            self.run_best_again(
+                f"the trial of {commit} could not be held {self.faults[commit]} times in a row ({last})"
+            )
+            return {
+                "outcome": "crash",
+                "reason": f"the machine failed in its trials, and not in one of the best: {last}",
+            }
+        self.faults[commit] = 0
         if not result and proctor.returncode == 2:
             raise Trouble(f"the trial of {commit} could not be held: {last}")
         first = self.result(self.meta["start"], 0)

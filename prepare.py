@@ -1523,9 +1523,9 @@ def sandbox_rules(readable, writable, hidden):
     roots |= {"/nix/store", "/run/opengl-driver"}  # where NixOS has Python and the libraries of the GPU's driver
     roots |= set(filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":")))
     roots |= {f"/etc/{name}" for name in ("alternatives", "ld.so.cache", "localtime", "nsswitch.conf", "passwd")}
-    # Of /proc, what tells of the machine: another process could be named or timed so as to be read.
-    kernel = {entry.path for entry in os.scandir("/proc") if not entry.name.isdigit() and not entry.is_symlink()}
-    roots |= kernel - {"/proc/kcore", "/proc/kmsg"}
+    # Of /proc, what tells of the machine and stays the same: counters could be moved, and processes named, to be read.
+    roots |= {f"/proc/{name}" for name in ("bus", "cpuinfo", "devices", "driver", "filesystems", "meminfo", "modules")}
+    roots |= {f"/proc/{name}" for name in ("stat", "sys", "uptime", "version")}
     roots = {os.path.realpath(root) for root in roots if os.path.exists(root)} - {here, "/"}
     devices = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "dri", "dxg", "kfd")}
     devices |= {str(path) for path in Path("/dev").glob("nvidia*")}
@@ -1547,6 +1547,7 @@ def sandbox_level():
 
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
+CANDIDATE_GOES, EXAMINER_GOES = 1000, 500  # oom_score_adj: who goes first where memory runs out
 M_PERTURB, M_MMAP_MAX, M_TRIM_THRESHOLD = -6, -4, -1  # mallopt
 
 
@@ -1569,10 +1570,14 @@ SYSTEM_CALLS = (
     (errno.EACCES, ((248, 217), (249, 218), (250, 219), (188, 5), (189, 6), (190, 7), (463, 463))),
     # connect. A driver that looks for its service (CUDA for MPS) hears that there is none.
     (errno.ENOENT, ((42, 203),)),
-    # The page cache, which tells what an earlier process has read: mincore, cachestat, preadv2 and pwritev2.
-    (errno.EACCES, ((27, 232), (451, 451))),
+    # removexattr in its four forms; file_setattr, the flags of any file of the user.
+    (errno.EACCES, ((197, 14), (198, 15), (199, 16), (466, 466), (469, 469))),
+    # The page cache, which tells what an earlier process read: mincore, cachestat, process_madvise.
+    (errno.EACCES, ((27, 232), (451, 451), (440, 440))),
     (errno.ENOSYS, ((327, 286), (328, 287))),
     (IGNORE, ((221, 223),)),  # fadvise64
+    # What others do: syslog, inotify_init, inotify_init1, fanotify_init.
+    (errno.EACCES, ((103, 116), (253, None), (294, 26), (300, 262))),
     # New namespaces (clone3 would hide its flags), and what looks into the kernel: unshare, setns, perf_event_open,
     # bpf, userfaultfd. truncate by path, which Landlock rules from ABI 3 on.
     (errno.ENOSYS, ((435, 435),)),
@@ -1603,6 +1608,14 @@ SOME_SYSTEM_CALLS = (
     # sched_setaffinity, sched_setparam, sched_setscheduler, sched_setattr: of the calling thread.
     (IGNORE, ((203, 122), (142, 118), (144, 119), (314, 274)), ((0, EVERY_BIT, (0,)),)),
     (errno.EACCES, ((56, 220),), ((0, NEW_NAMESPACE, (0,)),)),  # clone
+)
+# Calls that are refused with certain arguments alone: (calls, argument, mask, refused values).
+REFUSED_ARGUMENTS = (
+    # fcntl: F_SETOWN, F_SETSIG and F_SETOWN_EX would signal others, F_SETLEASE holds up who opens a file, F_NOTIFY.
+    (((72, 25),), 1, EVERY_BIT, (8, 10, 15, 1024, 1026)),
+    # ioctl by its kind: flags and numbers of files (f, v, X, btrfs), owners of sockets.
+    (((16, 29),), 1, 0xFF00, (0x6600, 0x7600, 0x5800, 0x9400, 0x8900)),
+    (((28, 233),), 2, EVERY_BIT, (20, 21)),  # madvise: MADV_COLD and MADV_PAGEOUT drop pages from the page cache
 )
 # The process that reads a sealed model needs less still: no other program or process, and none to look into (execve,
 # execveat, fork, vfork, ptrace, process_vm_readv, process_vm_writev; clone makes threads).
@@ -1646,6 +1659,12 @@ def filter_system_calls(calls, some_calls):
         for numbers in group:
             if numbers[column] is not None:
                 code += [(equal, 0, len(verdict), numbers[column]), *verdict]
+    for group, argument, mask, refused in REFUSED_ARGUMENTS:
+        verdict = [(load, 0, 0, 16 + 8 * argument), (mask_with, 0, 0, mask)]
+        verdict += [(equal, len(refused) - place, 0, value) for place, value in enumerate(refused)]
+        verdict += [(end, 0, 0, allow), (end, 0, 0, answer + errno.EACCES)]
+        for numbers in group:
+            code += [(equal, 0, len(verdict), numbers[column]), *verdict]
     code += [(end, 0, 0, allow)]
     lines = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(lines)))
@@ -1666,15 +1685,16 @@ def thread_limit():
     return threads
 
 
-def start_confined(command, rules, pass_fds=(), **options):
+def start_confined(command, rules, pass_fds=(), first_to_go=CANDIDATE_GOES, **options):
     """Popen `command` in its own session, under Landlock `rules` (None: unconfined), to die with this process.
 
-    Its process group has the number of the process and is nobody else's: see end_group().
+    Its process group has the number of the process and is nobody else's: see kill_group(). first_to_go: its
+    oom_score_adj, since where memory runs out, a candidate has to go before all others.
     """
     import resource
 
     threads = thread_limit()
-    scoped = landlock_abi() >= 6
+    scoped, on_gpu = landlock_abi() >= 6, has_gpu()
     own = os.open("/proc/self/task", os.O_PATH | os.O_DIRECTORY) if rules is not None else None
 
     def confine():
@@ -1684,7 +1704,7 @@ def start_confined(command, rules, pass_fds=(), **options):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
         with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this process goes first
+            Path("/proc/self/oom_score_adj").write_text(str(first_to_go))
         if rules is not None:
             for capability in range(64):  # root's would open the environment of other processes in /proc
                 prctl(PR_CAPBSET_DROP, capability)
@@ -1694,7 +1714,8 @@ def start_confined(command, rules, pass_fds=(), **options):
             os.dup2(os.open("/proc/self/task", os.O_PATH | os.O_DIRECTORY), own)
             access = landlockpy.AccessFS
             reading = access.READ_FILE | access.READ_DIR
-            of_itself = [("/proc/self", reading), ("/proc/self/task", reading | access.WRITE_FILE | access.TRUNCATE)]
+            naming = access.WRITE_FILE | access.TRUNCATE if on_gpu else reading
+            of_itself = [("/proc/self", reading), ("/proc/self/task", reading | naming)]
             scopes = landlockpy.Scope.SIGNAL | landlockpy.Scope.ABSTRACT_UNIX_SOCKET
             with landlockpy.Ruleset(scoped=scopes) as ruleset:
                 for path, rights in [*rules, *of_itself]:
@@ -1850,14 +1871,19 @@ class Watch:
     candidate has been killed, so that whatever was done with text lies between two readings of it.
     """
 
+    last_to_go = CANDIDATE_GOES  # oom_score_adj below which a process wants others to be ended before it
+
     def __init__(self, child, examiner, channel, output, task, out):
+        import psutil
+
         self.child, self.examiner, self.channel, self.output = child, examiner, channel, output
         self.task, self.out, self.log = task, out, Log(out / "log.txt")
         self.started, self.begun, self.ended = time.monotonic(), None, None
         self.deadline, self.next_look = self.started + task.startup_limit, self.started
         self.outcome = self.reason = None
-        self.report, self.peak, self.cpu_at_begin = {}, 0, 0.0
+        self.report, self.peak, self.cpu_at_begin, self.logged = {}, 0, 0.0, 0
         disk = os.statvfs(out)
+        self.shared_at_start = psutil.virtual_memory().shared
         self.disk_floor = max(DISK_RESERVE, disk.f_bavail * disk.f_frsize - DISK_LIMIT)
         self.inode_floor = disk.f_favail - INODE_LIMIT if disk.f_files else -math.inf  # btrfs has no such number
 
@@ -1868,7 +1894,7 @@ class Watch:
         """
         with (
             contextlib.closing(self.log),
-            open(self.out / "metrics.jsonl", "w") as metrics,
+            open(self.out / "metrics.jsonl", "wb", 0) as metrics,
             selectors.DefaultSelector() as selector,
         ):
             selector.register(self.channel, selectors.EVENT_READ)
@@ -1915,10 +1941,10 @@ class Watch:
         elif self.begun is None and "begin" in message:
             at_begin()
             self.start_clock(rows)
-        elif self.begun and "log" in message and metrics.tell() < LOG_LIMIT:
-            values = {"seconds": round(now - self.begun, 3), **numbers(message["log"])}
-            with contextlib.suppress(OSError):
-                print(json.dumps(values), file=metrics, flush=True)
+        elif self.begun and "log" in message and self.logged < LOG_LIMIT:
+            values = {"seconds": 0.0, **numbers(message["log"])} | {"seconds": round(now - self.begun, 3)}
+            with contextlib.suppress(OSError):  # a full disk costs the curve, not the trial
+                self.logged += metrics.write(json.dumps(values).encode() + b"\n")
         elif self.begun and "submit" in message:
             self.outcome = "ok"
             self.report = message["submit"] if isinstance(message["submit"], dict) else {}
@@ -1951,14 +1977,21 @@ class Watch:
         """The limit of the machine that the candidate has exceeded, in words; None where it has not."""
         import psutil
 
-        processes, memory, disk = descendants(self.examiner), 0, os.statvfs(self.out)
+        processes, threads, disk = descendants(self.examiner), 0, os.statvfs(self.out)
         if len(processes) > PROCESS_LIMIT:
             return f"it ran more than {PROCESS_LIMIT} processes"
+        machine = psutil.virtual_memory()
+        memory = max(0, machine.shared - self.shared_at_start)  # files in memory are in no process's account
         for process in processes:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError, ValueError):
                 memory += process.memory_info().rss
+                threads += process.num_threads()
+                if int(Path(f"/proc/{process.pid}/oom_score_adj").read_text()) < self.last_to_go:
+                    return "it wanted others to be ended before it where memory runs out"
         self.peak = max(self.peak, memory)
-        if memory > MEMORY_SHARE * psutil.virtual_memory().total:
+        if threads > THREAD_LIMIT:
+            return f"it ran more than {THREAD_LIMIT} threads"
+        if memory > MEMORY_SHARE * machine.total:
             return f"it took {memory / 2**30:.0f} GB of memory"
         if disk.f_bavail * disk.f_frsize < self.disk_floor or disk.f_favail < self.inode_floor:
             return "it filled the disk"
@@ -1967,7 +2000,7 @@ class Watch:
     def facts(self):
         """The first part of result.json."""
         training = self.ended - self.begun if self.begun else 0.0
-        cpu, cores = cpu_reaped() - self.cpu_at_begin if self.begun else 0.0, len(os.sched_getaffinity(0))
+        cpu, cores = max(0.0, cpu_reaped() - self.cpu_at_begin) if self.begun else 0.0, len(os.sched_getaffinity(0))
         if self.outcome == "ok" and training > self.task.time_budget + self.task.grace:
             self.outcome, self.reason = "timeout", f"its submission was complete after {training:.1f} s"
         elif self.outcome == "ok" and cpu > 1.1 * cores * training + 2:  # the second witness of the time
@@ -2110,7 +2143,10 @@ def lay_out_room(out, source, warm):
         raise Pause(f"the disk that holds {out} is full; a trial needs {2 * DISK_RESERVE / 2**30:.1f} GB")
     if warm and (warm / "compiled").is_dir():
         copy_folder(warm / "compiled", room / "compiled", None)
-        move_compiled(room / "compiled", warm / "room", room)
+        try:
+            move_compiled(room / "compiled", warm / "room", room)
+        except RecursionError:  # folders too deep to be a cache
+            remove(room / "compiled")
     return room
 
 
@@ -2167,8 +2203,16 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops)
         stack.callback(os.close, output)
         watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out)
-        watch.run(rows.fileno(), keep_compiled)
+        try:
+            watch.run(rows.fileno(), keep_compiled)
+        except (OSError, subprocess.SubprocessError, RuntimeError, MemoryError) as error:
+            # Whatever goes wrong while a candidate runs may be its doing, and costs no more than that candidate.
+            kill_group(child)
+            watch.ended = watch.ended or time.monotonic()
+            watch.outcome, watch.reason = "crash", f"the machine gave way while it ran ({one_line(error, 200)})"
         result = watch.facts()
+        if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
+            examiner = stack.enter_context(Examiner(rules([out, __file__], [])))
         submission = None
         if result["outcome"] == "ok":
             try:
@@ -2197,7 +2241,8 @@ def fingerprints(task):
 def remove(folder):
     """Delete a folder that a candidate may have made deep and hard to delete; links are not followed."""
     for command in (("chmod", "-R", "u+rwX"), ("rm", "-rf")):
-        subprocess.run([*command, "--", str(folder)], stderr=subprocess.DEVNULL)
+        with contextlib.suppress(OSError):  # no process can be started, while a candidate fills the table of them
+            subprocess.run([*command, "--", str(folder)], stderr=subprocess.DEVNULL)
 
 
 def print_summary(result):
@@ -2240,7 +2285,8 @@ class Examiner:
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self.errors}
         with theirs:
             passed = [theirs.fileno()]
-            self.process = start_confined(command, rules, cwd="/", env=environment(), pass_fds=passed, **streams)
+            options = {"cwd": "/", "env": environment(), "pass_fds": passed, "first_to_go": EXAMINER_GOES}
+            self.process = start_confined(command, rules, **options, **streams)
 
     def __enter__(self):
         return self
@@ -2350,8 +2396,11 @@ READY, LOSSES, SPEED, REFUSED = b"k", b"l", b"s", b"r"
 
 def exam(descriptor):
     """The examiner's life: fork a reader for each question that comes through the socket `descriptor`."""
+    import resource
+
     import torch  # noqa: F401 - imported before a question comes, while the candidate starts up
 
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # of complaints; it writes no other file
     channel = socket.socket(fileno=descriptor)
     while True:
         question, descriptors, _, _ = socket.recv_fds(channel, 2**16, 1)
@@ -2479,7 +2528,8 @@ def examine(path, task, folder, beat=None, examiner=None, deadline=None):
     deadline = deadline or time.monotonic() + task.exam_limit
     started, device = time.monotonic(), "cuda" if has_gpu() else "cpu"
     batch = exam_batch(task, device)
-    rows = np.fromfile(folder / "val.bin", dtype=np.uint16).reshape(-1, batch, task.seq_len + 1)
+    # Rows that follow one another are often of one document: they are dealt to different batches.
+    rows = np.fromfile(folder / "val.bin", dtype=np.uint16).reshape(batch, -1, task.seq_len + 1).swapaxes(0, 1)
     question = {"path": str(path), "task": dataclasses.asdict(task), "batch": batch, "device": device}
 
     def read(tokens, chosen):

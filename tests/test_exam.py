@@ -299,40 +299,66 @@ HARMLESS = {
         """,
         "NOTHING",
     ),
-    "writes where CUDA names its threads": (
+    "writes to its own entry in /proc": (
         """
-        import threading
-        done, names = threading.Event(), []
-        thread = threading.Thread(target=done.wait)
-        thread.start()
-        comm = f"/proc/self/task/{thread.native_id}/comm"
-        open(comm, "w").write("named")  # what the driver does
-        print(open(comm).read().strip())
-        done.set()
-        parent = os.getppid()
-        for path in (
-            f"/proc/{parent}/task/{parent}/comm",
-            f"/proc/{parent}/comm",
-            f"/proc/self/task/../../{parent}/task/{parent}/comm",
-            "/proc/self/comm",
-            "/proc/self/oom_score_adj",
-            "/proc/self/task/self",
-            "/proc/self/task/new",
-        ):
+        task = f"task/{os.getpid()}"
+        for name in ("comm", "oom_score_adj", "task/self", f"{task}/comm", f"{task}/oom_score_adj"):
             try:
-                open(path, "w"); print("LEAK", path)
+                open(f"/proc/self/{name}", "w"); print("LEAK", name)
             except OSError:
                 pass
-        for name, content in (("oom_score_adj", "-1000"), ("uid_map", "0 0 1"), ("setgroups", "allow"),
-                              ("attr/current", "unconfined"), ("attr/exec", "unconfined"), ("timerslack_ns", "1")):
-            try:
-                file = os.open(f"/proc/self/task/{os.getpid()}/{name}", os.O_WRONLY)
-                os.write(file, content.encode()); print("LEAK", name)
-            except OSError:
-                pass
-        print("DONE")
+        print("NOTHING")
         """,
-        "named\nDONE",
+        "NOTHING",
+    ),
+    "signals others by its files and holds up who opens one": (
+        """
+        import fcntl, socket
+        end, file = socket.socketpair()[0], open("train.py")
+        for command, value in ((8, os.getppid()), (10, 9), (15, bytes(8)), (1024, fcntl.F_RDLCK), (1026, 1)):
+            try:
+                fcntl.fcntl(file if command > 1000 else end, command, value); print("LEAK", command)
+            except OSError:
+                print("DENIED")
+        """,
+        "DENIED\n" * 5,
+    ),
+    "sets flags of files of the user": (
+        """
+        import ctypes, fcntl
+        libc, file = ctypes.CDLL(None), open(os.__file__)
+        for command in (0x40086602, 0x40087602, 0x401C5820, 0x5000940F):  # flags, version, extended flags, a subvolume
+            try:
+                fcntl.ioctl(file, command, bytes(64)); print("LEAK", command)
+            except PermissionError as error:
+                print("DENIED" if error.errno == 13 else "LEAK")
+        print("DENIED" if libc.syscall(469, -100, os.__file__.encode(), bytes(24), 24, 0) == -1 else "LEAK")
+        """,
+        "DENIED\n" * 5,
+    ),
+    "drops pages from the page cache and watches files": (
+        """
+        import ctypes, mmap
+        libc, file = ctypes.CDLL(None, use_errno=True), open(os.__file__, "rb")
+        memory = mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        try:
+            memory.madvise(21); print("LEAK")  # MADV_PAGEOUT
+        except OSError:
+            print("DENIED")
+        for call in (253, 294, 300, 103):  # inotify_init, inotify_init1, fanotify_init, syslog
+            print("DENIED" if libc.syscall(call, 0, 0) == -1 and ctypes.get_errno() == 13 else "LEAK")
+        """,
+        "DENIED\n" * 5,
+    ),
+    "reads the counters of the kernel": (
+        """
+        for name in ("vmstat", "kpageflags", "locks", "interrupts", "self/../vmstat"):
+            try:
+                open(f"/proc/{name}"); print("LEAK", name)
+            except OSError:
+                print("DENIED")
+        """,
+        "DENIED\n" * 5,
     ),
     "reads what another process is called": (
         """

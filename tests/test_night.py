@@ -341,6 +341,14 @@ def test_a_gpu_that_is_lost_in_any_trial_pauses_the_loop_and_leaves_no_trace(sta
     assert held == "B0 B1 B2 C0 C1 C2 B3" and [row[3] for row in rows] in (["keep", "keep"], ["keep", "discard"])
 
 
+def test_a_candidate_in_whose_trials_alone_the_machine_fails_is_a_crash_once_the_best_has_run(stage):
+    """Else a candidate that finds a way to bring a fault about would keep the loop waiting for ever."""
+    speeds = "9e15 9e15 9e15 lost lost lost lost 9e15 9e15"
+    ended, rows, held = play(stage, speeds, "--max-experiments", "1")
+    assert ended.returncode == 0 and ended.stdout.count("paused: the GPU is lost") == 3, ended.stdout + ended.stderr
+    assert held == "B0 B1 B2 B3" and [row[3] for row in rows] == ["keep", "crash"]
+
+
 def test_a_path_that_is_named_like_the_project_does_not_make_the_owners_lock_ours(tmp_path):
     stage = make_stage(tmp_path / "autoresearch")
     command = [sys.executable, "agent_loop.py", *LOOP, "--greedy", "--max-experiments"]

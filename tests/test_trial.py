@@ -317,6 +317,78 @@ def test_the_environment_of_a_trial_names_no_key_and_no_folder_of_the_user(hold,
     assert "kept ['OMP_WAIT', 'PYTORCH_CUDA_ALLOC_CONF']" in (tmp_path / "out" / "log.txt").read_text()
 
 
+NAMES_ITS_THREADS = """
+import os, sys
+import threading
+done, names = threading.Event(), []
+thread = threading.Thread(target=done.wait)
+thread.start()
+comm = f"/proc/self/task/{thread.native_id}/comm"
+open(comm, "w").write("named")  # what the driver does
+print(open(comm).read().strip())
+done.set()
+parent = os.getppid()
+for path in (
+    f"/proc/{parent}/task/{parent}/comm",
+    f"/proc/{parent}/comm",
+    f"/proc/self/task/../../{parent}/task/{parent}/comm",
+    "/proc/self/comm",
+    "/proc/self/oom_score_adj",
+    "/proc/self/task/self",
+    "/proc/self/task/new",
+):
+    try:
+        open(path, "w"); print("LEAK", path)
+    except OSError:
+        pass
+for name, content in (("oom_score_adj", "-1000"), ("uid_map", "0 0 1"), ("setgroups", "allow"),
+                      ("attr/current", "unconfined"), ("attr/exec", "unconfined"), ("timerslack_ns", "1")):
+    try:
+        file = os.open(f"/proc/self/task/{os.getpid()}/{name}", os.O_WRONLY)
+        os.write(file, content.encode()); print("LEAK", name)
+    except OSError:
+        pass
+print("DONE")
+"""
+
+
+def test_on_a_gpu_a_process_may_name_its_threads_and_write_nowhere_else(monkeypatch):
+    monkeypatch.setattr(prepare, "has_gpu", lambda: True)
+    rules = prepare.sandbox_rules([], [], [])
+    child = prepare.start_confined([sys.executable, "-c", NAMES_ITS_THREADS], rules, stdout=subprocess.PIPE, text=True)
+    assert child.communicate(timeout=20)[0] == "named\nDONE\n"
+
+
+def test_who_wants_others_to_be_ended_before_it_is_stopped(hold, monkeypatch):
+    """Lowering is possible where the opening for CUDA is; raising the bar has the same effect."""
+    monkeypatch.setattr(prepare.Watch, "last_to_go", 1001)
+    result = hold(before="time.sleep(30)")
+    assert result["outcome"] == "crash" and "others to be ended before it" in result["reason"]
+
+
+def test_files_in_memory_count_as_memory(hold, monkeypatch):
+    monkeypatch.setattr(prepare, "MEMORY_SHARE", 0.05)
+    code = "f = os.memfd_create('x'); [os.write(f, bytes(2**24)) for _ in range(100)]; time.sleep(9)"
+    result = hold(before=code)
+    assert result["outcome"] == "crash" and "GB of memory" in result["reason"], result
+
+
+def test_a_proctor_that_cannot_start_a_process_in_mid_trial_blames_the_candidate(hold, monkeypatch):
+    """As where a candidate has filled the table of processes."""
+
+    def full(*_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(prepare.Watch, "start_clock", full)
+    result = hold()
+    assert result["outcome"] == "crash" and "gave way while it ran" in result["reason"], result
+
+
+def test_an_examiner_that_the_kernel_has_ended_is_replaced(hold, monkeypatch):
+    monkeypatch.setattr(prepare.Watch, "look", lambda watch, code: watch.examiner.kill())
+    assert hold()["outcome"] == "ok"
+
+
 NAMES_A_THREAD = """
 import os, sys
 sys.stdin.readline()
@@ -326,7 +398,8 @@ print("named", flush=True)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can drop the caches")
-def test_a_process_may_name_its_threads_even_after_the_kernel_has_dropped_its_caches():
+def test_a_process_may_name_its_threads_even_after_the_kernel_has_dropped_its_caches(monkeypatch):
+    monkeypatch.setattr(prepare, "has_gpu", lambda: True)
     rules = prepare.sandbox_rules([], [], [])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     child = prepare.start_confined([sys.executable, "-c", NAMES_A_THREAD], rules, **pipes)
