@@ -1009,7 +1009,9 @@ def interface():
     """What train.py may call, in prepare.py's own words."""
     import pydoc
 
-    told = [pydoc.plaintext.document(thing) for thing in (prepare.machine_flops, prepare.begin, prepare.Run)]
+    told = [
+        pydoc.plaintext.document(thing) for thing in (prepare.device, prepare.machine_flops, prepare.begin, prepare.Run)
+    ]
     names = "TASK: .seq_len (T), .vocab_size (V), .time_budget (seconds)\nSEED: of this run; the loop varies it\n"
     return names + "\n".join(told).partition(" |  Data descriptors")[0].rstrip("- |\n")
 

@@ -1986,7 +1986,8 @@ class Watch:
             with contextlib.suppress(psutil.Error, OSError, ValueError):
                 memory += process.memory_info().rss
                 threads += process.num_threads()
-                if int(Path(f"/proc/{process.pid}/oom_score_adj").read_text()) < self.last_to_go:
+                goes = int(Path(f"/proc/{process.pid}/oom_score_adj").read_text())
+                if os.getpgid(process.pid) == self.child.pid and goes < self.last_to_go:
                     return "it wanted others to be ended before it where memory runs out"
         self.peak = max(self.peak, memory)
         if threads > THREAD_LIMIT:
@@ -2169,6 +2170,19 @@ def start_candidate(room, rules, task, seed, flops):
     return child, ours, output
 
 
+def follow(watch, rows, at_begin):
+    """Watch a candidate to its end and return the facts. What goes wrong here meanwhile may be its doing: a crash."""
+    import psutil
+
+    try:
+        watch.run(rows, at_begin)
+    except (OSError, subprocess.SubprocessError, psutil.Error, RuntimeError, MemoryError) as error:
+        kill_group(watch.child)
+        watch.ended = watch.ended or time.monotonic()
+        watch.outcome, watch.reason = "crash", f"the machine gave way while it ran ({one_line(error, 200)})"
+    return watch.facts()
+
+
 def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
     """Run the candidate `train_py` once in the folder `out` and score it; returns what it writes to out/result.json.
 
@@ -2203,14 +2217,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops)
         stack.callback(os.close, output)
         watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out)
-        try:
-            watch.run(rows.fileno(), keep_compiled)
-        except (OSError, subprocess.SubprocessError, RuntimeError, MemoryError) as error:
-            # Whatever goes wrong while a candidate runs may be its doing, and costs no more than that candidate.
-            kill_group(child)
-            watch.ended = watch.ended or time.monotonic()
-            watch.outcome, watch.reason = "crash", f"the machine gave way while it ran ({one_line(error, 200)})"
-        result = watch.facts()
+        result = follow(watch, rows.fileno(), keep_compiled)
         if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
             examiner = stack.enter_context(Examiner(rules([out, __file__], [])))
         submission = None
