@@ -259,6 +259,16 @@ def test_processes_that_fork_faster_than_they_are_killed_end_with_their_candidat
     assert not processes_in(repository)
 
 
+def test_one_kill_ends_all_of_them(tmp_path):
+    rules = prepare.sandbox_rules([], [tmp_path], [])
+    child = prepare.start_confined([sys.executable, "-c", STORM], rules, cwd=tmp_path)
+    time.sleep(0.8)
+    prepare.kill_group(child)
+    child.wait()
+    time.sleep(2)  # for the dying to die; the storm would go on for twenty
+    assert not processes_in(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
