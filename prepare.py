@@ -123,6 +123,11 @@ def has_gpu():
     return wsl or any(os.path.exists(f"/dev/nvidia{number}") for number in range(64))
 
 
+def device_kind():
+    """What trains and is examined on this machine: "cuda" or "cpu"."""
+    return "cuda" if has_gpu() else "cpu"
+
+
 def get_task(name=None, budget=None):
     """Task `name` with its budget replaced by `budget` seconds if given. Raises Trouble for an unknown name.
 
@@ -852,13 +857,13 @@ def measure_flops(seconds=1.5):
 
 
 def find_device(kind=None):
-    """The torch.device "cuda" or "cpu", tried out. kind: its type; None: "cuda" where has_gpu(), else "cpu".
+    """The torch.device "cuda" or "cpu", tried out. kind: its type; None: device_kind().
 
     Raises Pause for a GPU that torch cannot use: to go on without it would be another experiment.
     """
     import torch
 
-    device = torch.device(kind or ("cuda" if has_gpu() else "cpu"))
+    device = torch.device(kind or device_kind())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells the reason twice, at length
@@ -1273,7 +1278,7 @@ def load_tensor(file, name):
     return tensor.view(torch.uint8) != 0 if dtype == "BOOL" else tensor  # kernels count on bytes of 0 and 1
 
 
-def load_sealed(path, task):
+def load_sealed(path):
     """(program, forward) of a submission; raises Refused for anything but plain tensors and allowed calls."""
     import safetensors
     import torch
@@ -2008,7 +2013,8 @@ class Watch:
             self.outcome = "invalid"
             self.reason = f"its clock cannot be right: {cpu:.0f} s of CPU time in {training:.1f} s on {cores} cores"
         elif self.outcome == "crash":
-            self.reason = f"{self.reason}{last_words((self.out / 'log.txt').read_text(errors='replace'))}"
+            words = last_words((self.out / "log.txt").read_text(errors="replace"))
+            self.reason += f": {words}" if words else ""
         return {
             "outcome": self.outcome,
             "reason": self.reason and one_line(self.reason, 2500),
@@ -2053,7 +2059,7 @@ EXCEPTION = re.compile(r"(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Ite
 
 
 def last_words(log):
-    """ ": " and the line of a log that tells why its program ended; "" for an empty one.
+    """The line of a log that tells why its program ended; "" for an empty one.
 
     After a traceback that is the line which names the exception: advice and complaints about leaks may follow it.
     """
@@ -2063,7 +2069,7 @@ def last_words(log):
     named = [line for line in traced.splitlines() if EXCEPTION.match(line)]
     if traced is not log and named and not last.startswith("train.py: "):
         last = named[-1].strip()
-    return f": {last[:300]}" if last else ""
+    return last[:300]
 
 
 def take_submission(room, out):
@@ -2156,8 +2162,8 @@ def start_candidate(room, rules, task, seed, flops):
     # Messages stay whole, and the end of one side is seen by the other.
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     output, child_output = os.pipe()
-    told = {"task": dataclasses.asdict(task), "seed": seed, "flops": flops, "fd": theirs.fileno()}
-    told["device"] = "cuda" if has_gpu() else "cpu"
+    told = {"task": dataclasses.asdict(task), "seed": seed, "flops": flops, "device": device_kind()}
+    told["fd"] = theirs.fileno()
     streams = {"stdin": subprocess.DEVNULL, "stdout": child_output, "stderr": child_output}
     command, passed = [sys.executable, "train.py"], [theirs.fileno()]
     try:
@@ -2466,7 +2472,7 @@ def read_rows(question, task, file):
     import torch
     import torch.nn.functional as F
 
-    program, forward = load_sealed(question["path"], task)
+    program, forward = load_sealed(question["path"])
     device, shape = question["device"], (question["batch"], task.seq_len)
     if (program["device"], program["batch"]) != (device, shape[0]):
         raise Refused(f"the model was sealed for batches of {program['batch']!r} rows on {program['device']!r}")
@@ -2494,7 +2500,7 @@ def finish_exam(examiner, path, task, folder, beat):
     where the exam fails; raises Pause where the device does.
     """
     deadline, facts = time.monotonic() + task.exam_limit, {}
-    speed = {"device": "cuda" if has_gpu() else "cpu"}
+    speed = {"device": device_kind()}
     try:
         with examiner.ask(speed, deadline) as reader:
             facts = reader.speed()
@@ -2533,7 +2539,7 @@ def examine(path, task, folder, beat=None, examiner=None, deadline=None):
         with Examiner(None) as examiner:
             return examine(path, task, folder, beat, examiner, deadline)
     deadline = deadline or time.monotonic() + task.exam_limit
-    started, device = time.monotonic(), "cuda" if has_gpu() else "cpu"
+    started, device = time.monotonic(), device_kind()
     batch = exam_batch(task, device)
     # Rows that follow one another are often of one document: they are dealt to different batches.
     rows = np.fromfile(folder / "val.bin", dtype=np.uint16).reshape(batch, -1, task.seq_len + 1).swapaxes(0, 1)
@@ -2668,7 +2674,7 @@ def rehearse(task, level):
         room.mkdir()
         (room / "train.py").write_text(REHEARSAL)
         shutil.copyfile(__file__, room / "prepare.py")
-        told = {"task": dataclasses.asdict(task), "seed": 0, "device": "cuda" if has_gpu() else "cpu"}
+        told = {"task": dataclasses.asdict(task), "seed": 0, "device": device_kind()}
         rules = None if level == "none" else sandbox_rules([], [room], [])
         try:
             with open(output, "wb") as file:
@@ -2694,8 +2700,7 @@ def rehearse(task, level):
 
 def rehearsal_fault(said, code):
     """Why a rehearsal failed and what to do, by its output and return code."""
-    named = [line for line in said.splitlines() if re.match(r"(train\.py|[\w.]*(Error|Exception|Fault)): ", line)]
-    reason = one_line((named or said.strip().splitlines() or [exit_reason(code)])[-1], 300)
+    reason = one_line(last_words(said) or exit_reason(code), 300)
     if "GPU cannot be used" in reason:
         return reason.removeprefix("train.py: ")
     advice = "python prepare.py trial --no-sandbox tells whether the sandbox is at fault"

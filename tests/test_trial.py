@@ -278,18 +278,18 @@ def test_one_kill_ends_all_of_them(tmp_path):
     ("log", "reason"),
     [
         ("", ""),
-        ("step 1\nwords\n", ": words"),
+        ("step 1\nwords\n", "words"),
         (
             "Traceback (most recent call last):\n  File\ntorch._inductor.exc.InductorError: RuntimeError: no gcc\n\n"
             "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this).\n",
-            ": torch._inductor.exc.InductorError: RuntimeError: no gcc",
+            "torch._inductor.exc.InductorError: RuntimeError: no gcc",
         ),
         (
             "Traceback (most recent call last):\n  File\nValueError: a\nTraceback (most recent call last):\n  File\n"
             "KeyError: 'b'\nresource_tracker: There appear to be 2 leaked semaphore objects\n",
-            ": KeyError: 'b'",
+            "KeyError: 'b'",
         ),
-        ("Traceback (most recent call last):\nValueError: a\ntrain.py: out of memory\n", ": train.py: out of memory"),
+        ("Traceback (most recent call last):\nValueError: a\ntrain.py: out of memory\n", "train.py: out of memory"),
     ],
 )
 def test_the_reason_of_a_crash_is_the_line_that_names_it(log, reason):
