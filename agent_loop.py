@@ -618,13 +618,8 @@ class Lab:
         self.slow_pauses += 1
         raise Pause(f"{slow}; end what else uses it ({commit} failed: {one_line(result['reason'])})")
 
-    def hold(self, commit, run):
-        """Hold one trial and return its result. Raises Pause where the machine could not hold it."""
-        out = self.folder / commit / str(run)
-        out.mkdir(parents=True, exist_ok=True)
-        train_py = self.folder / commit / "train.py"
-        train_py.write_bytes(self.repository.source(f"refs/autoresearch/{self.tag}/{commit}"))
-        self.check_prepare()
+    def trial_command(self, commit, run, train_py, out):
+        """The command of one trial of `commit`, whose `train_py` it is, in the folder `out`."""
         command = [sys.executable, str(HERE / "prepare.py"), "trial", str(train_py), "--out", str(out)]
         if self.experiments:
             command += ["--beat", repr(max(self.best.scores or [self.best.val_bpb]))]
@@ -633,7 +628,16 @@ class Lab:
             command += ["--warm", str(self.folder / self.meta["start"] / "0")]
         command += ["--task", self.task.name, "--budget", repr(self.task.time_budget), "--seed", str(run)]
         command += ["--flops", repr(self.meta["flops"]), "--parent", str(os.getpid())]
-        command += ["--no-sandbox"] * self.arguments.no_sandbox
+        return command + ["--no-sandbox"] * self.arguments.no_sandbox
+
+    def hold(self, commit, run):
+        """Hold one trial and return its result. Raises Pause where the machine could not hold it."""
+        out = self.folder / commit / str(run)
+        out.mkdir(parents=True, exist_ok=True)
+        train_py = self.folder / commit / "train.py"
+        train_py.write_bytes(self.repository.source(f"refs/autoresearch/{self.tag}/{commit}"))
+        self.check_prepare()
+        command = self.trial_command(commit, run, train_py, out)
         with open(out / "proctor.log", "w+") as log:
             # In a session of its own, so that Ctrl-C reaches the loop alone, which then ends the trial in good order;
             # without preexec_fn, since an interrupt that falls into the hooks of its fork would be lost.
