@@ -1961,21 +1961,12 @@ def total_difference(lab, told):
     return lab.repository.run("diff", "--no-ext-diff", colour, *commits, "--", lab.repository.path)
 
 
-def draw_progress(lab, told, path):
-    """Write progress.png: the staircase of the best with every experiment, and two loss curves where runs/ has them."""
-    from matplotlib.figure import Figure
+GREEN, GREY = "#2a7f4f", "#9a9a9a"
 
-    experiments = [e for e in lab.experiments if math.isfinite(e.val_bpb)]
-    kept = [(i, e) for i, e in enumerate(experiments) if e.status == "keep"]
-    first, best, sigma = told["baseline"], told["best"], told["sigma"] or 0.0
-    ends = {first.commit: "baseline", best.commit: "baseline" if best is first else "best"}
-    curves = {commit: read_curve(lab.folder / commit / "0" / "metrics.jsonl") for commit in ends}
-    curves = {commit: curve for commit, curve in curves.items() if curve and curve[-1][0] > 0}
-    panels = [["stairs", "names"], ["losses", "names"]][: 1 + bool(curves)]
-    figure = Figure((13, 8.5), dpi=110, layout="constrained")
-    axes = figure.subplot_mosaic(panels, width_ratios=[3, 1.15], height_ratios=[2, 1][: len(panels)])
-    stairs, green, grey = axes["stairs"], "#2a7f4f", "#9a9a9a"
 
+def draw_stairs(stairs, told, experiments, kept):
+    """Draw the staircase of the best on the axes `stairs`, with every experiment; kept: [(place, experiment)]."""
+    best, sigma = told["best"], told["sigma"] or 0.0
     low, high = min(e.val_bpb for _, e in kept), max(e.val_bpb for _, e in kept)
     span = max(high - low, 3 * sigma, 1e-4 * high)
     low, high = low - 0.15 * span, high + 0.25 * span
@@ -1983,11 +1974,11 @@ def draw_progress(lab, told, path):
     stairs.set(xlabel="experiment", ylabel="val_bpb (crashed, or far worse: at the upper edge)", ylim=(low, high))
     x = [i for i, _ in kept] + [len(experiments) - 0.3]
     y = [e.val_bpb for _, e in kept] + [best.val_bpb]
-    stairs.step(x, y, where="post", color=green, label="best so far")
+    stairs.step(x, y, where="post", color=GREEN, label="best so far")
     if sigma:
         noise = [[score + sign * sigma for score in y] for sign in (-1, 1)]
-        stairs.fill_between(x, *noise, step="post", color=green, alpha=0.13, lw=0, label=f"one run: ±{sigma:.4f}")
-    styles = ("discard", grey, 18, "o"), ("keep", green, 46, "o"), ("crash", "red", 30, "x")
+        stairs.fill_between(x, *noise, step="post", color=GREEN, alpha=0.13, lw=0, label=f"one run: ±{sigma:.4f}")
+    styles = ("discard", GREY, 18, "o"), ("keep", GREEN, 46, "o"), ("crash", "red", 30, "x")
     for status, colour, area, marker in styles:
         if points := [(i, e) for i, e in enumerate(experiments) if e.status == status]:
             scores = [edge if status == "crash" else min(e.val_bpb, edge) for _, e in points]
@@ -1996,11 +1987,28 @@ def draw_progress(lab, told, path):
     stairs.legend(fontsize=8)
     stairs.set_title(f"{headline(told)}\n{gain_in_words(told)}", loc="left", fontsize=11, parse_math=False)
 
+
+def draw_progress(lab, told, path):
+    """Write progress.png: the staircase of the best with every experiment, and two loss curves where runs/ has them."""
+    from matplotlib.figure import Figure
+
+    experiments = [e for e in lab.experiments if math.isfinite(e.val_bpb)]
+    kept = [(i, e) for i, e in enumerate(experiments) if e.status == "keep"]
+    first, best = told["baseline"], told["best"]
+    ends = {first.commit: "baseline", best.commit: "baseline" if best is first else "best"}
+    curves = {commit: read_curve(lab.folder / commit / "0" / "metrics.jsonl") for commit in ends}
+    curves = {commit: curve for commit, curve in curves.items() if curve and curve[-1][0] > 0}
+    panels = [["stairs", "names"], ["losses", "names"]][: 1 + bool(curves)]
+    figure = Figure((13, 8.5), dpi=110, layout="constrained")
+    axes = figure.subplot_mosaic(panels, width_ratios=[3, 1.15], height_ratios=[2, 1][: len(panels)])
+    stairs = axes["stairs"]
+    draw_stairs(stairs, told, experiments, kept)
+
     # The kept ones are numbered; their names stand in a list, where they cannot run into each other.
     lines = []
     for number, (i, e) in enumerate(kept):
         place = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 7.5}
-        stairs.annotate(str(number), (i, e.val_bpb), (0, -5 - 8 * (number % 2)), color=green, **place)
+        stairs.annotate(str(number), (i, e.val_bpb), (0, -5 - 8 * (number % 2)), color=GREEN, **place)
         lines.append(f"{number:>2}  {e.val_bpb:.4f}  {one_line(e.description, 42)}")
     lines[50:] = [f"    and {len(lines) - 50} more"] * (len(lines) > 50)
     style = {"family": "monospace", "fontsize": 6.5, "linespacing": 1.5, "va": "top", "parse_math": False}
@@ -2008,7 +2016,7 @@ def draw_progress(lab, told, path):
     axes["names"].axis("off")
 
     for commit, curve in curves.items():
-        end, colour = curve[-1][0], green if commit == best.commit else grey
+        end, colour = curve[-1][0], GREEN if commit == best.commit else GREY
         times = [end * i / 200 for i in range(20, 201)]  # without the steep fall at the start
         points = [(seconds, loss) for seconds in times if (loss := loss_at(curve, seconds, 0.03 * end)) is not None]
         axes["losses"].plot(*zip(*points), color=colour, label=f"{ends[commit]} {commit}")

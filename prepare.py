@@ -2073,16 +2073,16 @@ def last_words(log):
 
 
 def take_submission(room, out):
-    """Move the candidate's file out of its reach and return its new path; raises Refused unless it is a plain file."""
+    """Move the candidate's file out of its reach: (its path, {}), or (None, outcome and reason) unless it is plain."""
     path, kept = room / "model.safetensors", out / "model.safetensors"
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > FILE_LIMIT:
-            raise Refused("the submission is not a plain file")
+            return None, {"outcome": "invalid", "reason": "the submission is not a plain file"}
         path.rename(kept)
     except OSError as error:
-        raise Refused(f"the submission cannot be read ({error.strerror})") from None
-    return kept
+        return None, {"outcome": "invalid", "reason": f"the submission cannot be read ({error.strerror})"}
+    return kept, {}
 
 
 def copy_folder(source, target, rules):
@@ -2226,13 +2226,8 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         result = follow(watch, rows.fileno(), keep_compiled)
         if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
             examiner = stack.enter_context(Examiner(rules([out, __file__], [])))
-        submission = None
-        if result["outcome"] == "ok":
-            try:
-                submission = take_submission(room, out)
-            except Refused as refusal:
-                result |= {"outcome": "invalid", "reason": str(refusal)}
-        result |= finish_exam(examiner, submission, task, verify(task), beat)
+        submission, refused = take_submission(room, out) if result["outcome"] == "ok" else (None, {})
+        result |= refused | finish_exam(examiner, submission, task, verify(task), beat)
     if result["outcome"] != "ok" and memory_errors() > errors:
         raise Pause(
             "the GPU's memory made errors during the trial (nvidia-smi -q -d ECC); a reset or a restart may help"
@@ -2330,7 +2325,8 @@ class Examiner:
             ours.close()
             code = self.reader_ended(deadline)
         if dead:
-            raise Refused(f"the sealed model broke the exam: {self.last_error(code)}")
+            asked = "the sealed model broke the exam" if "path" in question else "the machine cannot be measured"
+            raise Refused(f"{asked}: {self.last_error(code)}")
 
     def reader_ended(self, deadline):
         """Wait for the end of the present reader and return its exit code."""
@@ -2383,14 +2379,6 @@ class Reader:
             return
         words = self.receive(int.from_bytes(self.receive(4), "little") % 2**16)
         raise Refused(one_line(words.decode(errors="replace"), 2500))
-
-    def speed(self):
-        """{device, matmul_flops} of a reader that was asked for no model; raises Pause where the device is at fault."""
-        try:
-            self.expect(SPEED)
-        except Refused as fault:
-            raise Pause(str(fault)) from None
-        return json.loads(self.receive(int.from_bytes(self.receive(4), "little")))
 
     def losses(self, tokens, targets):
         """float32 nats [B, T] that the model takes for each of `targets` after `tokens`, both uint16 [B, T]."""
@@ -2493,25 +2481,34 @@ def read_rows(question, task, file):
             del tokens, logits, targets, losses
 
 
+def machine_now(examiner, deadline):
+    """{device, matmul_flops} as a reader measures them; raises Pause where device or machine do not give an answer."""
+    try:
+        with examiner.ask({"device": device_kind()}, deadline) as reader:
+            reader.expect(SPEED)
+            return json.loads(reader.receive(int.from_bytes(reader.receive(4), "little")))
+    except Refused as fault:
+        raise Pause(str(fault)) from None
+    except TimeoutError:
+        raise Pause("the machine does not answer when its speed is measured; look what holds it up") from None
+
+
 def finish_exam(examiner, path, task, folder, beat):
     """Have the submission at `path` scored, if there is one, and look at the machine: {device, matmul_flops, ...}.
 
     Right after the training: is the machine as fast as it was, and is the GPU still there? With outcome and reason
     where the exam fails; raises Pause where the device does.
     """
-    deadline, facts = time.monotonic() + task.exam_limit, {}
-    speed = {"device": device_kind()}
+    deadline = time.monotonic() + task.exam_limit
+    facts = machine_now(examiner, deadline)
     try:
-        with examiner.ask(speed, deadline) as reader:
-            facts = reader.speed()
         if path:
             facts |= examine(path, task, folder, beat, examiner, deadline)
     except TimeoutError:
         facts |= {"outcome": "invalid", "reason": f"the exam took longer than {task.exam_limit:.0f} s"}
     except Refused as refusal:
         if has_gpu():  # a device that fails in mid-exam takes a model's words
-            with examiner.ask(speed, deadline + task.exam_limit) as reader:
-                reader.speed()
+            machine_now(examiner, deadline + task.exam_limit)
         facts |= {"outcome": "invalid", "reason": one_line(refusal, 2500)}
     return facts
 

@@ -8,14 +8,17 @@ import contextlib
 import json
 import math
 import re
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1040,6 +1043,23 @@ def test_the_score_is_the_nats_of_every_target_but_bos_over_their_bytes(score, c
     tokens = prepare.load_tokens(cache / "tiny")
     size = sum(len(tokens[target]) for target in targets)
     assert score(model) == pytest.approx(len(targets) * math.log2(TINY.vocab_size) / size, rel=1e-5)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_machine_that_cannot_be_measured_is_not_held_against_the_candidate(fault):
+    """The reader that measures it is stopped, as by a GPU that hangs, or killed."""
+    with prepare.Examiner(None) as examiner:
+
+        def strike():
+            while not (readers := psutil.Process(examiner.process.pid).children()):
+                time.sleep(0.001)
+            readers[0].send_signal(fault)
+
+        striking = threading.Thread(target=strike)
+        striking.start()
+        with pytest.raises(prepare.Pause, match="machine (does not answer|cannot be measured)"):
+            prepare.machine_now(examiner, time.monotonic() + 20)
+        striking.join()
 
 
 class Recorder:
