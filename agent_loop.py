@@ -657,20 +657,13 @@ class Lab:
         except Trouble:  # prepare.py was replaced in mid-trial
             (out / "result.json").unlink()
             raise
-        if not result and proctor.returncode == prepare.PAUSE_CODE:
-            self.faults[commit] += 1
-            if self.faults[commit] <= MOST_FAULTS or not self.experiments or commit == self.best.commit:
-                raise Pause(last)
-            self.run_best_again(
-                f"the trial of {commit} could not be held {self.faults[commit]} times in a row ({last})"
-            )
-            return {
-                "outcome": "crash",
-                "reason": f"the machine failed in its trials, and not in one of the best: {last}",
-            }
-        self.faults[commit] = 0
         if not result and proctor.returncode == 2:
             raise Trouble(f"the trial of {commit} could not be held: {last}")
+        # A baseline's proctor that was killed is another fault of the machine; a candidate may have had its own killed.
+        if not result and (proctor.returncode == prepare.PAUSE_CODE or not self.experiments):
+            self.faults[commit] += 1
+            return self.judge_fault(commit, last, proctor.returncode == prepare.PAUSE_CODE)
+        self.faults[commit] = 0
         first = self.result(self.meta["start"], 0)
         was, now = (each and each.get("device") for each in (first, result))
         if was and now and was != now and not was.startswith("CPU"):
@@ -678,6 +671,20 @@ class Lab:
             raise Pause(f"the trials of this tag ran on {was}, and now there is {now}")
         # Whatever else ended the proctor, the night goes on.
         return result or {"outcome": "crash", "reason": f"the trial broke off: {last}"}
+
+    def judge_fault(self, commit, last, told):
+        """The result of a trial of `commit` that the machine did not let be held: a crash, after some in a row.
+
+        last: what the proctor said last; told: whether it named the machine's fault itself. Raises Pause where it is
+        too early to blame the candidate: a run of the best has to go well first, and a named fault of the best's own
+        trials, or of the baseline's, never is.
+        """
+        times = self.faults[commit]
+        if times <= MOST_FAULTS or told and (not self.experiments or commit == self.best.commit):
+            raise Pause(last if told else f"the trial of {commit} broke off: {last}")
+        if self.experiments:
+            self.run_best_again(f"the trial of {commit} could not be held {times} times in a row ({last})")
+        return {"outcome": "crash", "reason": f"the machine failed in its trials, {times} times in a row: {last}"}
 
     def measure(self, commit, description):
         """Run `commit` as often as the keep rule asks and return its finished Experiment, with the verdict's reason."""

@@ -207,6 +207,8 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         speeds.write_text(" ".join(later or [now]))
         if now == "lost":
             raise Pause("the GPU is lost")
+        if now == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         speed, _, end = now.partition(":")
     source = Path(train_py).read_bytes()
     environment = os.environ | {"SEED": str(seed), "SECONDS": str(task.time_budget)}

@@ -341,6 +341,14 @@ def test_a_gpu_that_is_lost_in_any_trial_pauses_the_loop_and_leaves_no_trace(sta
     assert held == "B0 B1 B2 C0 C1 C2 B3" and [row[3] for row in rows] in (["keep", "keep"], ["keep", "discard"])
 
 
+def test_a_baseline_whose_proctor_is_killed_is_held_again(stage):
+    ended, rows, held = play(stage, "killed 9e15 killed 9e15 9e15", "--max-experiments", "0")
+    assert ended.returncode == 0 and ended.stdout.count("broke off: it was killed; trying again") == 2, ended.stderr
+    assert held == "B0 B1 B2" and [row[3] for row in rows] == ["keep"]
+    ended, *_ = play(stage, "killed", "--max-experiments", "0", "--tag", "always")
+    assert ended.returncode == 2 and "the baseline does not run" in ended.stderr and "4 times" in ended.stderr
+
+
 def test_a_candidate_in_whose_trials_alone_the_machine_fails_is_a_crash_once_the_best_has_run(stage):
     """Else a candidate that finds a way to bring a fault about would keep the loop waiting for ever."""
     speeds = "9e15 9e15 9e15 lost lost lost lost 9e15 9e15"
