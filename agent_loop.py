@@ -261,6 +261,7 @@ class Repository:
             settings |= {"user.name": "autoresearch", "user.email": "autoresearch@localhost"}
         self.repo.git.update_environment(
             LC_ALL="C",  # run() reads git's words
+            GIT_OPTIONAL_LOCKS="0",  # to look at the files must not stand in the way of a command of the owner's
             GIT_CONFIG_COUNT=str(len(settings)),
             **{f"GIT_CONFIG_KEY_{i}": key for i, key in enumerate(settings)},
             **{f"GIT_CONFIG_VALUE_{i}": value for i, value in enumerate(settings.values())},

@@ -1820,6 +1820,13 @@ def kill_group(child):
             os.killpg(child.pid, signal.SIGKILL)
 
 
+def has_ended(process):
+    """Whether a psutil Process was a child of this one and has ended; it is reaped."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitpid(process.pid, os.WNOHANG)[0] > 0
+    return False
+
+
 def end_processes(keep=None):
     """Kill and reap every descendant but `keep`. Orphans cannot escape: this process is their subreaper.
 
@@ -1835,8 +1842,7 @@ def end_processes(keep=None):
             with contextlib.suppress(psutil.Error):
                 process.kill()
         for process in alive:
-            with contextlib.suppress(OSError):
-                os.waitpid(process.pid, os.WNOHANG)
+            has_ended(process)
         time.sleep(0.01)
 
 
@@ -1982,7 +1988,9 @@ class Watch:
         """The limit of the machine that the candidate has exceeded, in words; None where it has not."""
         import psutil
 
-        processes, threads, disk = descendants(self.examiner), 0, os.statvfs(self.out)
+        # Orphans end as children of this process; they are reaped here, and count no longer.
+        processes = [p for p in descendants(self.examiner) if p.pid == self.child.pid or not has_ended(p)]
+        threads, disk = 0, os.statvfs(self.out)
         if len(processes) > PROCESS_LIMIT:
             return f"it ran more than {PROCESS_LIMIT} processes"
         machine = psutil.virtual_memory()

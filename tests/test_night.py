@@ -26,7 +26,13 @@ KILLS = 50  # in each of two repositories at the same time
 
 def git_in(folder):
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+        for _ in range(20):
+            said = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+            if "index.lock': File exists" not in said.stderr:  # the loop's git was at it; an owner runs it again
+                break
+            time.sleep(0.1)
+        assert said.returncode == 0, said
+        return said.stdout
 
     return git
 

@@ -260,6 +260,14 @@ def test_processes_that_fork_faster_than_they_are_killed_end_with_their_candidat
     assert not processes_in(repository)
 
 
+def test_processes_that_have_ended_do_not_count(hold, monkeypatch):
+    """Those of a short-lived parent become children of the proctor, which must bury them while the trial runs."""
+    monkeypatch.setattr(prepare, "PROCESS_LIMIT", 20)
+    orphans = "[os.fork() or (os.fork(), os._exit(0)) for _ in range(40)]\n[os.wait() for _ in range(40)]"
+    result = hold(before=orphans, begun="time.sleep(2)")
+    assert result["outcome"] == "ok", result
+
+
 def test_one_kill_ends_all_of_them(tmp_path):
     """Each lives too briefly to be found by looking for it; what they write tells that they live."""
     rules = prepare.sandbox_rules([], [tmp_path], [])
