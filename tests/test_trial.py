@@ -263,7 +263,7 @@ def test_processes_that_fork_faster_than_they_are_killed_end_with_their_candidat
 def test_processes_that_have_ended_do_not_count(hold, monkeypatch):
     """Those of a short-lived parent become children of the proctor, which must bury them while the trial runs."""
     monkeypatch.setattr(prepare, "PROCESS_LIMIT", 20)
-    orphans = "[os.fork() or (os.fork(), os._exit(0)) for _ in range(40)]\n[os.wait() for _ in range(40)]"
+    orphans = "for _ in range(40):\n    os.fork() or (os.fork(), os._exit(0))\n    os.wait()"
     result = hold(before=orphans, begun="time.sleep(2)")
     assert result["outcome"] == "ok", result
 
