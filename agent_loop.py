@@ -44,6 +44,11 @@ try:
     from rich.text import Text
 
     import prepare
+    from exam import rows
+    from exam.desk import hear_signals
+    from exam.files import remove, sha256, write_atomically
+    from exam.rows import fingerprints, verify
+    from exam.sandbox import sandbox_level
     from prepare import Pause, Trouble, words
 except ModuleNotFoundError as missing:  # a fresh clone
     print(f"agent_loop.py: the package {missing.name} is not installed; run: pip install -e .", file=sys.stderr)
@@ -378,7 +383,7 @@ def get_ready(name, descriptor):
     """The life of make_ready()'s process: it answers on a file descriptor, and shows its progress as it comes."""
     with open(int(descriptor), "w") as answer:
         try:
-            prepare.prepare(prepare.get_task(name))
+            rows.prepare(prepare.get_task(name))
             told = {"flops": prepare.machine_flops()}
         except (Trouble, OSError) as error:
             told = {"trouble": words(error)}
@@ -431,7 +436,7 @@ class Lab:
         if missing:
             self.say(f"preparing the data of {task.name}, once")
         flops = make_ready(task) if missing or not known else None
-        prepare.verify(task)
+        verify(task)
         self.task = task
         self.folder.mkdir(parents=True, exist_ok=True)
         self.fetch_book()
@@ -446,9 +451,9 @@ class Lab:
                 "budget": task.time_budget,
                 "start": rows[0].commit if rows else self.repository.remember(self.tag, self.branch),
                 "flops": flops,  # a later measurement must not change the size of the same train.py
-                "sha256": prepare.fingerprints(task),
+                "sha256": fingerprints(task),
             }
-            prepare.write_atomically(self.folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
+            write_atomically(self.folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
         self.load()
         if self.experiments and self.meta["start"] not in {e.commit for e in self.experiments if e.status == "keep"}:
             kept = self.put_aside(self.book, self.book.read_bytes())
@@ -492,7 +497,7 @@ class Lab:
 
     def check_prepare(self):
         """Raise Trouble if prepare.py is no longer the one that this tag's scores come from."""
-        if prepare.sha256(HERE / "prepare.py") != self.meta["sha256"]["prepare.py"]:
+        if sha256(HERE / "prepare.py") != self.meta["sha256"]["prepare.py"]:
             raise Trouble(
                 f"prepare.py has changed since tag {self.tag} was started, so scores would not compare; restore it "
                 f"(git checkout {self.meta['start']} -- prepare.py) or start another --tag"
@@ -508,7 +513,7 @@ class Lab:
             home.parent.mkdir(parents=True, exist_ok=True)
             self.book.replace(home)
             self.say(f"results.tsv belonged to another tag; it is now {home.relative_to(HERE)}")
-        prepare.write_atomically(HERE / "runs" / "current", self.tag + "\n")
+        write_atomically(HERE / "runs" / "current", self.tag + "\n")
         if not self.book.exists() and (self.folder / "results.tsv").exists():
             (self.folder / "results.tsv").replace(self.book)
 
@@ -760,7 +765,7 @@ class Lab:
         whole = content[: content.rfind("\n") + 1]  # a row that an editor has left without its end is not one
         if not whole:  # there is none yet, or somebody has just moved it away
             whole = "\t".join(COLUMNS) + "\n" + "".join(map(as_row, self.experiments))
-        prepare.write_atomically(self.book, whole + as_row(experiment))
+        write_atomically(self.book, whole + as_row(experiment))
         self.experiments.append(experiment)
         self.held += 1
         self.settle()
@@ -768,7 +773,7 @@ class Lab:
         for left in self.folder.glob("*/*/*"):
             lost = left.name in of_use and left.parent != self.folder / of_use[left.name] / "0"
             if lost or left.name == "room":  # a room is of a trial that broke off
-                prepare.remove(left)
+                remove(left)
 
     def settle(self):
         """Bring the branch and the working tree to the best train.py; other files and staged changes stay as they are.
@@ -2159,7 +2164,7 @@ def show_report(lab, arguments):
 
 def main():
     arguments, console, news = parse_arguments(), Console(), None
-    prepare.hear_signals()
+    hear_signals()
     sys.stdout.reconfigure(errors="replace")  # no description can end the night in a terminal without Unicode
     try:
         repository, news = Repository(), News(arguments.notify_url, console)
@@ -2174,7 +2179,7 @@ def main():
         with only_loop(here / "autoresearch.lock"), only_loop(shared / f"autoresearch-{tag}.lock"):
             home = repository.branch() or repository.run("rev-parse", "HEAD")
             lab.open(arguments.task, arguments.budget)
-            level = "none" if arguments.no_sandbox else prepare.sandbox_level()
+            level = "none" if arguments.no_sandbox else sandbox_level()
             lab.say(f"tag {lab.tag}: task {lab.task.name}, {lab.task.time_budget:g} s a run, sandbox: {level}")
             if level == "none":
                 lab.say("NO SANDBOX: train.py can read and write all that you can", "red")

@@ -22,6 +22,13 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import prepare  # noqa: E402
+from exam import rows  # noqa: E402
+from exam.examiner import Examiner, examine  # noqa: E402
+from exam.result import print_summary  # noqa: E402
+from exam.rows import pack, tokenise  # noqa: E402
+from exam.text import pycode_documents  # noqa: E402
+from exam.tokenizer import build_encoding, load_tokens  # noqa: E402
+from exam.trial import trial  # noqa: E402
 
 TASK = prepare.get_task("pycode")
 
@@ -43,11 +50,11 @@ def loader(folder):
     rows = 2**18 // TASK.seq_len
     batches = run.batches(rows)
     next(batches)
-    encoding = prepare.build_encoding(prepare.load_tokens(folder))
-    texts = [text for _, (text, _) in zip(range(400), prepare.pycode_documents())]
+    encoding = build_encoding(load_tokens(folder))
+    texts = [text for _, (text, _) in zip(range(400), pycode_documents())]
 
     def on_the_fly():
-        packed = plain_pack(prepare.tokenise(texts, encoding, TASK), TASK.seq_len + 1, 1000)
+        packed = plain_pack(tokenise(texts, encoding, TASK), TASK.seq_len + 1, 1000)
         torch.tensor([row for _, (row, _) in zip(range(rows), packed)])
 
     return seconds(lambda: next(batches), 20), seconds(on_the_fly)
@@ -75,10 +82,10 @@ def exam(folder, scratch):
     unprobed = seconds(plain)
 
     def row(what, beat):
-        ours = seconds(lambda: prepare.examine(scratch / "model.safetensors", TASK, folder, beat, examiner))
+        ours = seconds(lambda: examine(scratch / "model.safetensors", TASK, folder, beat, examiner))
         return f"exam: {what}, against a plain evaluation", ours, unprobed
 
-    with prepare.Examiner(None) as examiner:
+    with Examiner(None) as examiner:
         return [row("a score too high to count", 0.0), row("a new best", None)]
 
 
@@ -105,9 +112,9 @@ def plain_pack(documents, row_len, buffer_size):
 
 def packing(folder):
     """(ours, plain): seconds to encode and pack a million tokens; the same on one thread, with the plain search."""
-    encoding = prepare.build_encoding(prepare.load_tokens(folder))
-    texts = [text for text, _ in prepare.pycode_documents()][:2000]
-    millions = sum(map(len, prepare.tokenise(texts, encoding, TASK))) / 1e6
+    encoding = build_encoding(load_tokens(folder))
+    texts = [text for text, _ in pycode_documents()][:2000]
+    millions = sum(map(len, tokenise(texts, encoding, TASK))) / 1e6
 
     def plain():
         pieces = []
@@ -118,13 +125,13 @@ def packing(folder):
             pass
         return sum(map(len, pieces)) / 1e6
 
-    ours = seconds(lambda: deque(prepare.pack(prepare.tokenise(texts, encoding, TASK), TASK.seq_len + 1), maxlen=0))
+    ours = seconds(lambda: deque(pack(tokenise(texts, encoding, TASK), TASK.seq_len + 1), maxlen=0))
     return ours / millions, seconds(plain) / plain()
 
 
 def memory(scratch):
     """(large, small): gigabytes of memory that preparing 200 and 50 MB of own text takes at most."""
-    texts = [text for text, _ in prepare.pycode_documents()]
+    texts = [text for text, _ in pycode_documents()]
 
     def peak(megabytes):
         folder = scratch / f"text{megabytes}"
@@ -135,8 +142,8 @@ def memory(scratch):
                 size += file.write(json.dumps({"text": f"{number}\n{texts[number % len(texts)]}"}) + "\n")
                 number += 1
         code = (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare\n"
-            f"prepare.prepare_text([{str(folder)!r}], 'text{megabytes}')\nprint(open('/proc/self/status').read())"
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from exam.rows import prepare_text\n"
+            f"prepare_text([{str(folder)!r}], 'text{megabytes}')\nprint(open('/proc/self/status').read())"
         )
         environment = os.environ | {"AUTORESEARCH_CACHE": str(scratch / "cache")}
         said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -147,8 +154,8 @@ def memory(scratch):
 
 def overhead(scratch, budget):
     """Rows on the wall time of a trial of the baseline beyond its budget: in all, and the parts of it."""
-    result = prepare.trial(ROOT / "train.py", scratch / "trial", prepare.get_task("pycode", budget), 0)
-    prepare.print_summary(result)
+    result = trial(ROOT / "train.py", scratch / "trial", prepare.get_task("pycode", budget), 0)
+    print_summary(result)
     beyond = result["total_seconds"] - result["training_seconds"]
     return [
         ("trial: wall time beyond the budget, against the budget", beyond, budget),
@@ -223,7 +230,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for bench.tsv")
     arguments = parser.parse_args()
-    folder = prepare.prepare(TASK)
+    folder = rows.prepare(TASK)
     with tempfile.TemporaryDirectory() as scratch:
         table = [
             ("loader: 2^18 tokens, against tokenising and packing on the fly", *loader(folder)),

@@ -19,6 +19,8 @@ os.environ["AUTORESEARCH_TASK"] = "pycode"  # on a GPU it would be one that need
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import prepare  # noqa: E402
+from exam import rows  # noqa: E402
+from exam.trial import trial  # noqa: E402
 
 # {command to start as that user: its name}. An ordinary user's processes have no capabilities; some attacks work, and
 # some defences hold, for root alone.
@@ -40,7 +42,7 @@ def cache(tmp_path_factory):
     """A cache of this run's own, with the data of the tiny task."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["AUTORESEARCH_CACHE"] = str(folder)
-    prepare.prepare(TINY, lambda: (tiny_documents, 800, {}))
+    rows.prepare(TINY, lambda: (tiny_documents, 800, {}))
     prepare.machine_flops()
     return folder
 
@@ -48,7 +50,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pycode(cache):
     """The data of pycode, in the cache: half a minute."""
-    return prepare.prepare(prepare.TASKS["pycode"])
+    return rows.prepare(prepare.TASKS["pycode"])
 
 
 @pytest.fixture
@@ -121,7 +123,7 @@ def hold(tmp_path, candidate):
     """hold(**places): the result of one trial of such a candidate on the tiny task."""
 
     def hold(task=TINY, seed=0, **places):
-        return prepare.trial(candidate(**places), tmp_path / "out", task, seed)
+        return trial(candidate(**places), tmp_path / "out", task, seed)
 
     return hold
 
@@ -142,7 +144,6 @@ def gpu_python(tmp_path_factory):
     return folder / "bin" / "python"
 
 
-MAIN = '\n\nif __name__ == "__main__":'
 PLAYED_CHECK = """
 
 def check(task):  # the real one takes seconds
@@ -151,15 +152,23 @@ def check(task):  # the real one takes seconds
 """
 
 
-def make_repository(folder, train_py, before, added):
-    """A git repository in `folder`: the three programs, `train_py`, a file of the owner's, code added to prepare.py."""
+def make_repository(folder, train_py, played=None):
+    """A git repository in `folder`: the programs, which know the tiny task, `train_py`, and a file of the owner's.
+
+    played: {file: code that is added at its end}.
+    """
     folder.mkdir()
-    for name in ("agent_loop.py", "program.md", ".gitignore"):
+    for name in ("agent_loop.py", "prepare.py", "program.md", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
-    source = (ROOT / "prepare.py").read_text()
-    source = source.replace(MAIN, f"{PLAYED_CHECK}{MAIN}")
+    for name in ("exam", "lab"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source, before = (ROOT / "prepare.py").read_text(), "\n\ndef get_task("
     assert source.count(before) == 1
-    (folder / "prepare.py").write_text(source.replace(before, f"\n\n{added.strip()}\n{before}"))
+    (folder / "prepare.py").write_text(source.replace(before, f"\n\nTASKS['tiny'] = {TINY}\n{before}"))
+    for name, code in {"exam/check.py": PLAYED_CHECK, **(played or {})}.items():
+        with open(folder / name, "a") as file:
+            file.write(code)
     shutil.copy(Path(__file__).parent / train_py, folder / "train.py")
     (folder / "notes.txt").write_text("mine\n")
     for command in (
@@ -175,7 +184,7 @@ def make_repository(folder, train_py, before, added):
 
 def tiny_repository(folder):
     """A repository whose prepare.py knows the tiny task, with a train.py that learns something in no time."""
-    make_repository(folder, "quick_train.py", "\n\ndef get_task(", f"TASKS['tiny'] = {TINY}")
+    make_repository(folder, "quick_train.py")
     # What else this machine does must not decide the trials of a test.
     source = (folder / "agent_loop.py").read_text()
     assert source.count("SAME_SPEED = 0.85") == 1
@@ -192,6 +201,9 @@ def repository(tmp_path):
 # What the exam board says without holding an exam or looking at the machine: train.py prints its score. A file `speeds`
 # beside prepare.py gives the speed of the machine for each trial in turn, and how it ends if not well (see END).
 PLAYED_TRIAL = """
+
+import signal
+
 END = {
     "timeout": {"outcome": "timeout", "reason": "no end after 64 s between begin() and submit()"},
     "crash": {"outcome": "crash", "reason": "exit code 1"},
@@ -201,7 +213,7 @@ END = {
 
 
 def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
-    speeds, speed, end = Path(__file__).with_name("speeds"), None, ""
+    speeds, speed, end = ROOT / "speeds", None, ""
     if speeds.exists():
         now, *later = speeds.read_text().split()
         speeds.write_text(" ".join(later or [now]))
@@ -236,8 +248,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
 
 def make_stage(folder):
     """A repository whose trials are played in a tenth of a second, for tests of the loop alone; see PLAYED_TRIAL."""
-    added = f"TASKS['tiny'] = {TINY}\n\n\n{PLAYED_TRIAL.strip()}\n"
-    return make_repository(folder, "played_train.py", MAIN, added)
+    return make_repository(folder, "played_train.py", {"exam/trial.py": PLAYED_TRIAL})
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ import torch  # noqa: E402
 import zoo  # noqa: E402
 
 import prepare  # noqa: E402
+from exam.reader import MODEL_FAULTS  # noqa: E402
 
 BATCH = 100  # calls per pair of processes
 MARGIN = 8192  # poisoned bytes before and after each input
@@ -355,7 +356,7 @@ def run_call(call, seed, poison):
             return "accepted", digest(forward(None))
     except prepare.Refused:
         return "refused by us", None
-    except prepare.MODEL_FAULTS:
+    except MODEL_FAULTS:
         return "refused by torch", None
 
 

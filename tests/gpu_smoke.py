@@ -29,6 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import prepare  # noqa: E402
 import train  # noqa: E402
+from exam.examiner import examine  # noqa: E402
+from exam.files import sha256  # noqa: E402
+from exam.machine import ask_speed  # noqa: E402
+from exam.rows import verify  # noqa: E402
+from exam.trial import trial  # noqa: E402
 
 # The task climbmix with a dataset of our own, and a quarter of its validation rows.
 TASK = dataclasses.replace(prepare.TASKS["climbmix"], name="smoke", dataset="smoke", eval_tokens=10 * 2**19)
@@ -81,9 +86,9 @@ def write_data(task, train_rows):
     meta = {"task": dataclasses.asdict(task), "seq_len": task.seq_len, "vocab_size": task.vocab_size}
     meta |= {"train": {"rows": train_rows}, "val": {"rows": task.eval_rows}}
     for name, file in (("tokenizer", "tokenizer.txt"), ("val", "val.bin")):
-        meta[f"{name}_sha256"] = prepare.sha256(folder / file)
+        meta[f"{name}_sha256"] = sha256(folder / file)
     (folder / "meta.json").write_text(json.dumps(meta))
-    return prepare.verify(task)
+    return verify(task)
 
 
 def synchronize(device):
@@ -109,7 +114,7 @@ def seconds(function, device):
 
 def hold(train_py, out, task, flops, warm=None):
     """The result of a trial; raises RuntimeError with what the candidate said where it failed."""
-    result = prepare.trial(train_py, out, task, 0, beat=0.0, flops=flops, warm=warm)
+    result = trial(train_py, out, task, 0, beat=0.0, flops=flops, warm=warm)
     if result["outcome"] != "ok":
         raise RuntimeError(f"the trial failed: {result['reason']}\n{(out / 'log.txt').read_text()}")
     return result
@@ -121,7 +126,7 @@ def sandbox(task, device, flops, scratch):
     result = hold(scratch / "small.py", scratch / "small", dataclasses.replace(task, time_budget=2.0), flops)
     yield Row(f"sandbox ({result['sandbox']}): a compiled model, steps in 2 s", result["steps"])
     yield Row("sandbox: device of the exam", result["device"], device.type == "cpu" or "CPU" not in result["device"])
-    gap = result["matmul_flops"] / prepare.ask_speed(1.5)["matmul_flops"] - 1
+    gap = result["matmul_flops"] / ask_speed(1.5)["matmul_flops"] - 1
     yield Row("sandbox: speed in the exam against a longer measurement", f"{gap:+.1%}", abs(gap) < 0.15)
 
 
@@ -257,7 +262,7 @@ def exam(model, loss_of, batch, task, scratch):
     gap = sum(losses) / y.numel() - trained
     yield Row("exam: loss of the sealed program minus that of the trained graph", f"{gap:+.2e}", abs(gap) < 2e-3)
     for what, beat in (("a score that is not kept", 0.0), ("a new best", None)):
-        result = prepare.examine(path, task, prepare.verify(task), beat)
+        result = examine(path, task, verify(task), beat)
         words = f"{result['eval_seconds'] / EXAM_SHARE:.1f}, leak {result['leak']:.2g}"
         yield Row(f"exam: seconds of {what}, from {EXAM_SHARE:.0%} of the rows", words)
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import prepare
+from exam.check import rehearsal_fault
 
 H100, SLICE = "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
 
@@ -139,4 +140,4 @@ def test_the_check_compiles_in_the_sandbox_and_compares_the_card_with_its_kind(o
     assert said.returncode == 2 and "Triton needs a C compiler: install gcc" in said.stdout
     assert "NO  speed:" in said.stdout and "1700 is what such cards reach" in said.stdout
     said = "/room/.triton/driver.c:3:10: fatal error: Python.h: No such file or directory\ncompilation terminated."
-    assert "install python3-dev" in prepare.rehearsal_fault(said, 1)
+    assert "install python3-dev" in rehearsal_fault(said, 1)

@@ -28,6 +28,13 @@ from test_trial import processes_in
 from torch import nn
 
 import prepare
+from exam import limits
+from exam.examiner import Examiner, Reader, examine, machine_now
+from exam.reader import LOSSES, READY
+from exam.result import print_summary
+from exam.text import hidden_folders
+from exam.tokenizer import load_tokens
+from exam.trial import trial
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def honest_bpb(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("honest")
     (folder / "train.py").write_text(CANDIDATE.format(before="", forward="", begun="", each_step="pass", after=""))
-    return min(prepare.trial(folder / "train.py", folder / "out", TINY, seed)["val_bpb"] for seed in (0, 1)) - 0.15
+    return min(trial(folder / "train.py", folder / "out", TINY, seed)["val_bpb"] for seed in (0, 1)) - 0.15
 
 
 def log(tmp_path):
@@ -62,8 +69,8 @@ HARMLESS = {
     "patches prepare": (
         """
         import prepare
-        prepare.examine = lambda *a: {'val_bpb': 0.0}
-        prepare.token_bytes = lambda t: 10**9
+        prepare.compute_logits = lambda *a: torch.zeros(1)
+        prepare.leak = lambda *a: 0.0
         print('DONE')
         """,
         "DONE",
@@ -146,6 +153,11 @@ HARMLESS = {
                 open(REPOSITORY + "/prepare.py", mode); print("LEAK")
             except OSError:
                 print("DENIED")
+            for name in ("limits.py", "__init__.py", "__pycache__"):
+                try:
+                    os.open(REPOSITORY + "/exam/" + name, os.O_RDONLY if mode == "r" else os.O_WRONLY); print("LEAK")
+                except OSError:
+                    pass
         """,
         "DENIED\nDENIED",
     ),
@@ -482,7 +494,7 @@ def known(cache, tmp_path_factory):
     for service, name in zip(services, ("datagrams", "service")):
         service.bind(str(sockets / name))
     services[1].listen()
-    meta, hidden = cache / "tiny" / "meta.json", prepare.hidden_folders()
+    meta, hidden = cache / "tiny" / "meta.json", hidden_folders()
     before = meta.read_text()
     meta.write_text(json.dumps(json.loads(before) | {"hidden_folders": hidden}))
     names = {
@@ -589,7 +601,7 @@ CHANNEL = "import prepare, socket; channel = socket.socket(fileno=os.dup(prepare
 def test_the_proctor_survives_a_candidate_that(code, hold, tmp_path, capsys):
     result = hold(before=CHANNEL + code)
     assert result["outcome"] in ("crash", "invalid") and result["reason"].isprintable(), result
-    prepare.print_summary(result)
+    print_summary(result)
     assert not re.search("^val_bpb", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -618,7 +630,7 @@ FILL = "f = open('big', 'wb'); [f.write(bytes(2**24)) for _ in range(64)]; time.
     ],
 )
 def test_it_is_stopped_when_it_exceeds_the(limit, value, code, reason, hold, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, limit, value)
+    monkeypatch.setattr(limits, limit, value)
     result = hold(before=code)
     assert result["outcome"] == "crash" and reason in result["reason"], result
     assert not processes_in(tmp_path) and not (tmp_path / "out" / "room").exists()
@@ -659,7 +671,7 @@ class Examiners:
 
     def get(self):
         if not self.now or self.now.process.poll() is not None:
-            self.now = prepare.Examiner(None)
+            self.now = Examiner(None)
         return self.now
 
 
@@ -677,7 +689,7 @@ def score(tmp_path, cache, examiners):
 
     def score(model, edit=lambda program: None):
         prepare.save_sealed(tmp_path / "model.safetensors", *sealed(model, edit))
-        return prepare.examine(tmp_path / "model.safetensors", TINY, cache / "tiny", None, examiners.get())["val_bpb"]
+        return examine(tmp_path / "model.safetensors", TINY, cache / "tiny", None, examiners.get())["val_bpb"]
 
     return score
 
@@ -963,7 +975,7 @@ def test_a_program_is_refused_that_uses(attack, score):
 def test_a_file_without_a_program_is_refused(metadata, tmp_path, cache):
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata)
     with pytest.raises(prepare.Refused, match="not a sealed model"):
-        prepare.examine(tmp_path / "model.safetensors", TINY, cache / "tiny")
+        examine(tmp_path / "model.safetensors", TINY, cache / "tiny")
 
 
 def test_a_program_that_takes_too_long_is_invalid(hold, monkeypatch):
@@ -1040,7 +1052,7 @@ def test_the_score_is_the_nats_of_every_target_but_bos_over_their_bytes(score, c
         nn.init.zeros_(parameter)
     rows = prepare.np.fromfile(cache / "tiny" / "val.bin", dtype="uint16").reshape(-1, TINY.seq_len + 1)
     targets = rows[:, 1:][rows[:, 1:] != TINY.vocab_size - 1]
-    tokens = prepare.load_tokens(cache / "tiny")
+    tokens = load_tokens(cache / "tiny")
     size = sum(len(tokens[target]) for target in targets)
     assert score(model) == pytest.approx(len(targets) * math.log2(TINY.vocab_size) / size, rel=1e-5)
 
@@ -1048,7 +1060,7 @@ def test_the_score_is_the_nats_of_every_target_but_bos_over_their_bytes(score, c
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_machine_that_cannot_be_measured_is_not_held_against_the_candidate(fault):
     """The reader that measures it is stopped, as by a GPU that hangs, or killed."""
-    with prepare.Examiner(None) as examiner:
+    with Examiner(None) as examiner:
 
         def strike():
             while not (readers := psutil.Process(examiner.process.pid).children()):
@@ -1058,7 +1070,7 @@ def test_a_machine_that_cannot_be_measured_is_not_held_against_the_candidate(fau
         striking = threading.Thread(target=strike)
         striking.start()
         with pytest.raises(prepare.Pause, match="machine (does not answer|cannot be measured)"):
-            prepare.machine_now(examiner, time.monotonic() + 20)
+            machine_now(examiner, time.monotonic() + 20)
         striking.join()
 
 
@@ -1081,7 +1093,7 @@ class Recorder:
 def test_no_reader_sees_a_row_twice_and_those_that_probe_see_other_ends(cache, monkeypatch):
     monkeypatch.setattr(prepare, "exam_batch", lambda task, device: 16)
     recorder = Recorder()
-    prepare.examine("model", TINY, cache / "tiny", None, recorder)
+    examine("model", TINY, cache / "tiny", None, recorder)
     sample, plain, *closer = recorder.readers
     assert 0 < len(sample) < len(plain) == len(closer[0]) == len(closer[1]) == TINY.eval_rows
     true_rows = {tuple(targets): tokens for tokens, targets in plain}
@@ -1101,12 +1113,12 @@ def test_code_that_runs_in_a_reader_could_not_tell_the_end_of_a_row_from_its_beg
         return np.where(seen, 0, 5).astype(np.float32)
 
     with pytest.raises(prepare.Refused, match="not causal"):
-        prepare.examine("model", TINY, cache / "tiny", None, Recorder(nats))
+        examine("model", TINY, cache / "tiny", None, Recorder(nats))
 
 
 def test_a_score_too_high_to_count_is_probed_in_a_sample_alone(cache):
     recorder = Recorder()
-    prepare.examine("model", TINY, cache / "tiny", 0.5, recorder)
+    examine("model", TINY, cache / "tiny", 0.5, recorder)
     assert len(recorder.readers) == 2
 
 
@@ -1114,7 +1126,7 @@ def test_a_score_too_high_to_count_is_probed_in_a_sample_alone(cache):
 def test_losses_that_are_none_are_refused(nats, cache):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        theirs.sendall(prepare.READY + prepare.LOSSES + np.full((2, 3), nats, np.float32).tobytes())
+        theirs.sendall(READY + LOSSES + np.full((2, 3), nats, np.float32).tobytes())
         with pytest.raises(prepare.Refused, match="no losses"):
             zeros = np.zeros((2, 3), np.uint16)
-            prepare.Reader(ours, time.monotonic() + 9).losses(zeros, zeros)
+            Reader(ours, time.monotonic() + 9).losses(zeros, zeros)

@@ -435,18 +435,15 @@ PLAYED_PREPARE = """
 
 def prepare(task):
     print("downloading 1 of 10", flush=True)
-    if Path(__file__).with_name("slowly").exists():
+    if (ROOT / "slowly").exists():
         time.sleep(60)
     raise Trouble("the hub is away; try again later")
-
-
-if __name__ == "__main__":
 """
 
 
 def test_data_that_cannot_be_prepared_are_told_in_one_sentence_and_ctrl_c_ends_it_cleanly(stage, tmp_path):
-    prepare_py = stage / "prepare.py"
-    prepare_py.write_text(prepare_py.read_text().replace('\n\nif __name__ == "__main__":\n', PLAYED_PREPARE))
+    with open(stage / "exam" / "rows.py", "a") as file:
+        file.write(PLAYED_PREPARE)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     options = pipes | {"cwd": stage, "env": os.environ | {"AUTORESEARCH_CACHE": str(tmp_path / "empty")}}
     command = [sys.executable, "agent_loop.py", *LOOP, "--task", "pycode"]

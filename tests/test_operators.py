@@ -17,6 +17,7 @@ import zoo
 from safetensors.torch import save_file
 
 import prepare
+from exam.reader import load_sealed
 
 TASK = prepare.Task("zoo", "zoo", zoo.LENGTH, zoo.VOCABULARY, 4, 1.0, split_long=True)
 TOKENS = torch.randint(0, zoo.VOCABULARY, (4, zoo.LENGTH), generator=torch.Generator().manual_seed(0))
@@ -185,7 +186,7 @@ PROGRAM = {"device": "cpu", "batch": 4, "tensors": {"0": "x"}, "calls": [], "out
 def load(tmp_path, changes=(), stored=None):
     metadata = {"program": json.dumps(PROGRAM | dict(changes))}
     save_file(stored or {"x": torch.ones(2)}, tmp_path / "model.safetensors", metadata)
-    return prepare.load_sealed(tmp_path / "model.safetensors")
+    return load_sealed(tmp_path / "model.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -246,11 +247,11 @@ def test_a_file_with_a_deep_or_a_giant_program_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"x": torch.ones(2)}, path, {"program": json.dumps(PROGRAM).replace('"calls": []', f'"calls": {deep}')})
     with pytest.raises(prepare.Refused, match="not a sealed model"):
-        prepare.load_sealed(path)
+        load_sealed(path)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", 2**26) + b"{" + b" " * 2**26)
     with pytest.raises(prepare.Refused, match="exceeds 32 MB"):
-        prepare.load_sealed(path)
+        load_sealed(path)
 
 
 def test_a_file_with_too_many_tensors_is_refused(tmp_path):

@@ -14,6 +14,11 @@ from conftest import ROOT, TINY, tiny_documents
 from fake_hub import COMMIT, FakeHub, write_parquet
 
 import prepare
+from exam.check import check
+from exam.rows import build, pack, tokenise, verify
+from exam.sandbox import openings, sandbox_rules, start_confined
+from exam.text import hidden_folders, pycode_documents, text_documents, text_files
+from exam.tokenizer import build_encoding, load_tokens, token_bytes, train_tokenizer
 
 MULTILINGUAL = [
     "The quick brown fox - l'été à Zürich, naïve coöperation.",
@@ -24,14 +29,14 @@ MULTILINGUAL = [
 
 @pytest.fixture(scope="module")
 def encoding():
-    return prepare.build_encoding(prepare.train_tokenizer([text for text, _ in tiny_documents()] + MULTILINGUAL, 300))
+    return build_encoding(train_tokenizer([text for text, _ in tiny_documents()] + MULTILINGUAL, 300))
 
 
 def test_token_bytes_add_up_to_the_utf8_length_of_any_text(encoding):
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
-    lengths = prepare.token_bytes(tokens)
+    lengths = token_bytes(tokens)
     for text in MULTILINGUAL:
-        (ids,) = prepare.tokenise([text], encoding, prepare.dataclasses.replace(TINY, split_long=False))
+        (ids,) = tokenise([text], encoding, prepare.dataclasses.replace(TINY, split_long=False))
         assert lengths[ids].sum() == len(text.encode()), text
         assert ids[0] == encoding.n_vocab - 1 and lengths[ids[0]] == 0
         assert encoding.decode(ids[1:].tolist()) == text
@@ -39,15 +44,15 @@ def test_token_bytes_add_up_to_the_utf8_length_of_any_text(encoding):
 
 def test_half_of_an_emoji_is_counted_as_the_replacement_character_it_becomes(tmp_path):
     documents = [*tiny_documents(), ("broken \ud83d emoji " * 50, False)]
-    prepare.build(TINY, lambda: documents, len(documents), {}, tmp_path / "tiny")
-    tokens = prepare.load_tokens(tmp_path / "tiny")
+    build(TINY, lambda: documents, len(documents), {}, tmp_path / "tiny")
+    tokens = load_tokens(tmp_path / "tiny")
     rows = np.fromfile(tmp_path / "tiny" / "train.bin", dtype=np.uint16)
     assert "\ufffd".encode() in b"".join(tokens[token] for token in rows if token < len(tokens))
 
 
 def test_long_documents_are_cut_into_rows_and_lose_nothing(encoding):
     text = " ".join(text for text, _ in tiny_documents())
-    pieces = list(prepare.tokenise([text], encoding, TINY))
+    pieces = list(tokenise([text], encoding, TINY))
     assert all(len(piece) == TINY.seq_len + 1 for piece in pieces[:-1])
     assert all(piece[0] == encoding.n_vocab - 1 for piece in pieces)
     assert encoding.decode(np.concatenate([piece[1:] for piece in pieces]).tolist()) == text
@@ -57,13 +62,13 @@ def test_long_documents_are_cut_into_rows_and_lose_nothing(encoding):
 def test_packing_is_the_plain_definition_of_best_fit(buffer_size):
     chance = random.Random(buffer_size)
     documents = [np.arange(i, i + chance.choice((1, 2, 5, 9, 20, 33, 70))) % 60000 for i in range(0, 40000, 80)]
-    fast = [(row.tolist(), dropped) for row, dropped in prepare.pack(documents, 33, buffer_size)]
+    fast = [(row.tolist(), dropped) for row, dropped in pack(documents, 33, buffer_size)]
     assert fast == list(plain_pack(documents, 33, buffer_size)) and len(fast) > 100
 
 
 def test_packing_loses_nothing_but_the_crops_it_reports():
     documents = [np.full(length, length) for length in (5, 40, 3, 12, 33, 1, 7, 60, 2) * 50]
-    rows = list(prepare.pack(documents, 33))
+    rows = list(pack(documents, 33))
     kept = sum(len(row) for row, _ in rows) + sum(dropped for _, dropped in rows)
     assert 0 <= sum(map(len, documents)) - kept < 33  # what is left did not fill a last row
 
@@ -89,10 +94,10 @@ def test_batches_visit_every_row_once_an_epoch_in_an_order_of_the_seed(cache, mo
 
 
 def test_validation_text_comes_from_closed_folders_and_shares_no_document_with_training(cache):
-    documents = list(prepare.pycode_documents())
+    documents = list(pycode_documents())
     held_out = {text for text, out in documents if out}
     assert held_out and held_out.isdisjoint(text for text, out in documents if not out)
-    hidden = prepare.hidden_folders()
+    hidden = hidden_folders()
     texts = {path.read_bytes() for folder in hidden for path in prepare.Path(folder).glob("*.py")}
     assert all(text.encode() in texts for text in held_out)
 
@@ -104,16 +109,17 @@ def test_openings_cover_a_folder_without_its_hidden_parts_and_without_links(tmp_
     (tmp_path / "link").symlink_to(tmp_path / "a")
     (tmp_path / "b" / "raw.txt").write_text("validation")
     hidden = {str(tmp_path / "a" / "tests"), str(tmp_path / "b" / "raw.txt"), "/elsewhere"}
-    opened = set(prepare.openings(str(tmp_path), hidden))
+    opened = set(openings(str(tmp_path), hidden))
     assert opened == {str(tmp_path / name) for name in ("a/code", "a/file.py")}
 
 
 PREPARE_TINY = """
 import os, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-import conftest, prepare
+import conftest
+from exam import rows
 os.environ["AUTORESEARCH_CACHE"] = {cache!r}
-prepare.PART = 10_000
+rows.PART = 10_000
 passes = []
 def documents():
     passes.append(None)
@@ -122,7 +128,7 @@ def documents():
             print("halfway", flush=True)
             time.sleep({pause})
         yield document
-print(prepare.prepare(conftest.TINY, lambda: (documents, 800, dict(source="tiny documents"))))
+print(rows.prepare(conftest.TINY, lambda: (documents, 800, dict(source="tiny documents"))))
 """
 
 
@@ -170,7 +176,7 @@ def test_two_preparations_at_once_make_one_and_the_second_waits_for_it(tmp_path)
 
 def test_a_text_too_small_for_its_task_is_refused(tmp_path):
     with pytest.raises(prepare.Trouble, match="too small"):
-        prepare.build(TINY, lambda: [(f"tiny {i}", i % 5 == 0) for i in range(20)], 20, {}, tmp_path / "tiny")
+        build(TINY, lambda: [(f"tiny {i}", i % 5 == 0) for i in range(20)], 20, {}, tmp_path / "tiny")
 
 
 # Prepares climbmix from a hub on loopback, in sizes of a test and without its long waits between two tries.
@@ -178,13 +184,14 @@ PREPARE_CLIMBMIX = """
 import dataclasses, sys, time
 sys.path.insert(0, {root!r})
 import prepare
+from exam import desk
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.02))
 task = dataclasses.replace(prepare.TASKS["climbmix"], seq_len=32, vocab_size=300, eval_tokens=2**11)
 prepare.TASKS["climbmix"] = task
 {before}
 sys.argv[1:] = ["--task", "climbmix", *{arguments!r}]
-sys.exit(prepare.main())
+sys.exit(desk.main())
 """
 REPOSITORY = "karpathy/climbmix-400b-shuffle"
 
@@ -229,7 +236,7 @@ def test_shards_are_fetched_through_faults_and_validation_text_is_that_of_the_la
     assert secrets == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
 
     folder = tmp_path / "cache" / "climbmix"
-    encoding = prepare.build_encoding(prepare.load_tokens(folder))
+    encoding = build_encoding(load_tokens(folder))
     text = {part: encoding.decode(np.fromfile(folder / f"{part}.bin", dtype=np.uint16)) for part in ("train", "val")}
     assert "shard 6542:" in text["val"] and "shard 0:" not in text["val"]
     assert "shard 0:" in text["train"] and "shard 1:" in text["train"] and "shard 6542:" not in text["train"]
@@ -305,16 +312,16 @@ def test_own_text_of_all_kinds_becomes_a_task_without_duplicates_and_closes_its_
     assert "5 x nearly empty" in done.stdout and "40 x duplicate" in done.stdout and "1 x not UTF-8" in done.stdout
     assert "torn.txt.gz cannot be read" in done.stdout and "no.parquet has no column 'text'" in done.stdout
     task, meta = prepare.get_task("mine"), json.loads((tmp_path / "cache" / "mine" / "meta.json").read_text())
-    assert task.eval_rows == meta["val"]["rows"] >= 32 and prepare.verify(task)
+    assert task.eval_rows == meta["val"]["rows"] >= 32 and verify(task)
 
     book = folder / "book.txt.gz"
     (folder.parent / "else.txt").touch()
     assert str(book) in meta["hidden_folders"] and str(folder / "below" / "7.md") in meta["hidden_folders"]
     monkeypatch.syspath_prepend(str(tmp_path / "open"))  # a place that every Python program may read
-    rules = prepare.sandbox_rules([], [], meta["hidden_folders"])
+    rules = sandbox_rules([], [], meta["hidden_folders"])
     quiet = {"stderr": subprocess.DEVNULL}
-    assert prepare.start_confined(["cat", str(folder.parent / "else.txt")], rules, **quiet).wait() == 0
-    assert prepare.start_confined(["cat", str(book)], rules, **quiet).wait() != 0
+    assert start_confined(["cat", str(folder.parent / "else.txt")], rules, **quiet).wait() == 0
+    assert start_confined(["cat", str(book)], rules, **quiet).wait() != 0
 
     book.write_bytes(book.read_bytes())
     done = prepared("--text", folder, "--task", "mine")
@@ -333,11 +340,11 @@ def test_own_text_of_all_kinds_becomes_a_task_without_duplicates_and_closes_its_
 def test_validation_documents_of_an_own_text_stay_what_they_are_when_text_is_added(tmp_path):
     for number, (text, _) in enumerate(tiny_documents()):
         (tmp_path / f"{number:03d}.txt").write_text(text)
-    files = prepare.text_files([tmp_path])
-    some = {text for text, held_out in prepare.text_documents(files[100:], 0.1) if held_out}
-    more = {text for text, held_out in prepare.text_documents(files, 0.1) if held_out}
+    files = text_files([tmp_path])
+    some = {text for text, held_out in text_documents(files[100:], 0.1) if held_out}
+    more = {text for text, held_out in text_documents(files, 0.1) if held_out}
     assert 0.05 < len(more) / len(files) < 0.15 and some < more
-    assert {text for text, held_out in prepare.text_documents(files, 0.02) if held_out} < more
+    assert {text for text, held_out in text_documents(files, 0.02) if held_out} < more
 
 
 def test_the_check_says_a_line_of_each_thing_and_what_to_do(cache, run, capfd):
@@ -348,5 +355,5 @@ def test_the_check_says_a_line_of_each_thing_and_what_to_do(cache, run, capfd):
     )
     assert {what for _, what in lines} == {"data:", "disk", "GPU:", "sandbox:", "trial's", "speed:"}
     assert "run: python prepare.py --task tinystories" in done.stdout
-    prepare.check(TINY)
+    check(TINY)
     assert "ok  data:          tiny in " in capfd.readouterr().out

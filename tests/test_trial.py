@@ -16,6 +16,11 @@ import pytest
 from conftest import ROOT, TINY, USERS
 
 import prepare
+from exam import limits, sandbox, watch
+from exam.processes import kill_group
+from exam.sandbox import sandbox_rules, start_confined
+from exam.trial import trial
+from exam.watch import Watch, last_words
 
 
 def processes_in(folder):
@@ -110,7 +115,7 @@ def test_a_forward_with_dropout_is_sealed_without_it_and_in_place_arithmetic_is_
 def test_the_log_keeps_the_head_and_the_tail_of_a_talkative_candidate(hold, tmp_path):
     hold(before="print('first'); [print('x' * 1000) for _ in range(5000)]", after="print('last')")
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert len(log) < 1.1 * prepare.LOG_LIMIT and log.startswith("first") and log.rstrip().endswith("last")
+    assert len(log) < 1.1 * limits.LOG_LIMIT and log.startswith("first") and log.rstrip().endswith("last")
     assert "bytes left out" in log
 
 
@@ -212,9 +217,9 @@ LATE = "(compiled / 'code').write_text('late'); (compiled / 'weights').write_tex
 def test_what_is_compiled_before_begin_serves_the_next_trial_and_nothing_that_is_written_later(tmp_path, candidate):
     path = candidate(before=f"from pathlib import Path\n{EARLY}", begun=LATE)
     first, second = tmp_path / "first", tmp_path / "second"
-    assert prepare.trial(path, first, TINY, 0)["outcome"] == "ok"
+    assert trial(path, first, TINY, 0)["outcome"] == "ok"
     assert [file.read_text() for file in (first / "compiled").iterdir()] == ["early"]
-    assert prepare.trial(path, second, TINY, 0, warm=first)["outcome"] == "ok"
+    assert trial(path, second, TINY, 0, warm=first)["outcome"] == "ok"
     assert "found ['code']" in (second / "log.txt").read_text()
     assert [file.read_text() for file in (first / "compiled").iterdir()] == ["early"]
 
@@ -227,11 +232,11 @@ def test_what_takes_the_place_of_compiled_code_leads_nowhere(tmp_path, candidate
         "os.symlink(rows, c)",
     ):
         path = candidate(before=f"c, rows = os.environ['TORCHINDUCTOR_CACHE_DIR'], {str(rows)!r}; {links}")
-        assert prepare.trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
+        assert trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
         for file in (tmp_path / "out").rglob("*"):
             assert file.is_symlink() or file.is_dir() or file.read_bytes() != (rows / "val.bin").read_bytes()
     path = candidate(before="c = os.environ['TORCHINDUCTOR_CACHE_DIR']; os.mkdir(c); os.mkfifo(c + '/pipe')")
-    assert prepare.trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
+    assert trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
 
 
 STORM = """
@@ -262,7 +267,7 @@ def test_processes_that_fork_faster_than_they_are_killed_end_with_their_candidat
 
 def test_processes_that_have_ended_do_not_count(hold, monkeypatch):
     """Those of a short-lived parent become children of the proctor, which must bury them while the trial runs."""
-    monkeypatch.setattr(prepare, "PROCESS_LIMIT", 20)
+    monkeypatch.setattr(limits, "PROCESS_LIMIT", 20)
     orphans = "for _ in range(40):\n    os.fork() or (os.fork(), os._exit(0))\n    os.wait()"
     result = hold(before=orphans, begun="time.sleep(2)")
     assert result["outcome"] == "ok", result
@@ -270,10 +275,10 @@ def test_processes_that_have_ended_do_not_count(hold, monkeypatch):
 
 def test_one_kill_ends_all_of_them(tmp_path):
     """Each lives too briefly to be found by looking for it; what they write tells that they live."""
-    rules = prepare.sandbox_rules([], [tmp_path], [])
-    child = prepare.start_confined([sys.executable, "-c", STORM], rules, cwd=tmp_path)
+    rules = sandbox_rules([], [tmp_path], [])
+    child = start_confined([sys.executable, "-c", STORM], rules, cwd=tmp_path)
     time.sleep(0.8)
-    prepare.kill_group(child)
+    kill_group(child)
     child.wait()
     sizes = []
     for _ in range(2):
@@ -301,7 +306,7 @@ def test_one_kill_ends_all_of_them(tmp_path):
     ],
 )
 def test_the_reason_of_a_crash_is_the_line_that_names_it(log, reason):
-    assert prepare.last_words(log) == reason
+    assert last_words(log) == reason
 
 
 def test_triton_finds_in_a_copied_cache_the_kernels_of_its_own_room(tmp_path, candidate):
@@ -319,16 +324,16 @@ def test_triton_finds_in_a_copied_cache_the_kernels_of_its_own_room(tmp_path, ca
     precious, content = tmp_path / "precious.json", f"{tmp_path}/first/room/x"
     precious.write_text(content)
     path = candidate(before=f"PRECIOUS = {str(precious)!r}\n{textwrap.dedent(listed)}")
-    assert prepare.trial(path, tmp_path / "first", TINY, 0)["outcome"] == "ok"
-    assert prepare.trial(path, tmp_path / "second", TINY, 0, warm=tmp_path / "first")["outcome"] == "ok"
+    assert trial(path, tmp_path / "first", TINY, 0)["outcome"] == "ok"
+    assert trial(path, tmp_path / "second", TINY, 0, warm=tmp_path / "first")["outcome"] == "ok"
     assert "found {'k.cubin': True}" in (tmp_path / "second" / "log.txt").read_text()
     assert precious.read_text() == content
 
 
 def test_compiled_code_beyond_its_limit_is_not_kept(tmp_path, candidate, monkeypatch):
-    monkeypatch.setattr(prepare, "COMPILED_LIMIT", 2**20)
+    monkeypatch.setattr(limits, "COMPILED_LIMIT", 2**20)
     code = "c = os.environ['TORCHINDUCTOR_CACHE_DIR']; os.mkdir(c); open(c + '/code', 'wb').write(bytes(2**21))"
-    assert prepare.trial(candidate(before=code), tmp_path / "out", TINY, 0)["outcome"] == "ok"
+    assert trial(candidate(before=code), tmp_path / "out", TINY, 0)["outcome"] == "ok"
     assert not (tmp_path / "out" / "compiled").exists()
 
 
@@ -376,21 +381,21 @@ print("DONE")
 
 
 def test_on_a_gpu_a_process_may_name_its_threads_and_write_nowhere_else(monkeypatch):
-    monkeypatch.setattr(prepare, "has_gpu", lambda: True)
-    rules = prepare.sandbox_rules([], [], [])
-    child = prepare.start_confined([sys.executable, "-c", NAMES_ITS_THREADS], rules, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(sandbox, "has_gpu", lambda: True)
+    rules = sandbox_rules([], [], [])
+    child = start_confined([sys.executable, "-c", NAMES_ITS_THREADS], rules, stdout=subprocess.PIPE, text=True)
     assert child.communicate(timeout=20)[0] == "named\nDONE\n"
 
 
 def test_who_wants_others_to_be_ended_before_it_is_stopped(hold, monkeypatch):
     """Lowering is possible where the opening for CUDA is; raising the bar has the same effect."""
-    monkeypatch.setattr(prepare.Watch, "last_to_go", 1001)
+    monkeypatch.setattr(Watch, "last_to_go", 1001)
     result = hold(before="time.sleep(30)")
     assert result["outcome"] == "crash" and "others to be ended before it" in result["reason"]
 
 
 def test_files_in_memory_count_as_memory(hold, monkeypatch):
-    monkeypatch.setattr(prepare, "MEMORY_SHARE", 0.05)
+    monkeypatch.setattr(limits, "MEMORY_SHARE", 0.05)
     code = "f = os.memfd_create('x'); [os.write(f, bytes(2**24)) for _ in range(100)]; time.sleep(9)"
     result = hold(before=code)
     assert result["outcome"] == "crash" and "GB of memory" in result["reason"], result
@@ -402,13 +407,13 @@ def test_a_proctor_that_cannot_start_a_process_in_mid_trial_blames_the_candidate
     def full(*_):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(prepare.Watch, "start_clock", full)
+    monkeypatch.setattr(Watch, "start_clock", full)
     result = hold()
     assert result["outcome"] == "crash" and "gave way while it ran" in result["reason"], result
 
 
 def test_an_examiner_that_the_kernel_has_ended_is_replaced(hold, monkeypatch):
-    monkeypatch.setattr(prepare.Watch, "look", lambda watch, code: watch.examiner.kill())
+    monkeypatch.setattr(Watch, "look", lambda watch, code: watch.examiner.kill())
     assert hold()["outcome"] == "ok"
 
 
@@ -422,10 +427,10 @@ print("named", flush=True)
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can drop the caches")
 def test_a_process_may_name_its_threads_even_after_the_kernel_has_dropped_its_caches(monkeypatch):
-    monkeypatch.setattr(prepare, "has_gpu", lambda: True)
-    rules = prepare.sandbox_rules([], [], [])
+    monkeypatch.setattr(sandbox, "has_gpu", lambda: True)
+    rules = sandbox_rules([], [], [])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    child = prepare.start_confined([sys.executable, "-c", NAMES_A_THREAD], rules, **pipes)
+    child = start_confined([sys.executable, "-c", NAMES_A_THREAD], rules, **pipes)
     time.sleep(0.3)
     Path("/proc/sys/vm/drop_caches").write_text("2")
     assert child.communicate("\n", timeout=20)[0] == "named\n"
@@ -443,7 +448,7 @@ if os.fork() == 0:
 def test_the_number_of_a_candidate_is_nobody_elses_while_a_process_of_it_lives():
     """So neither its right to name threads nor the signal that ends its group can meet a stranger."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    child = prepare.start_confined([sys.executable, "-c", OUTLIVES], prepare.sandbox_rules([], [], []), **pipes)
+    child = start_confined([sys.executable, "-c", OUTLIVES], sandbox_rules([], [], []), **pipes)
     number = int(child.stdout.readline())
     os.waitpid(child.pid, 0)
     for _ in range(20):
@@ -458,7 +463,7 @@ def test_the_number_of_a_candidate_is_nobody_elses_while_a_process_of_it_lives()
 def test_a_proctor_whose_clock_was_held_up_finds_it_out_from_the_cpu_time(hold, monkeypatch):
     slow = types.SimpleNamespace(**vars(time))
     slow.monotonic = lambda: time.monotonic() / 20
-    monkeypatch.setattr(prepare, "time", slow)
+    monkeypatch.setattr(watch, "time", slow)
     task = dataclasses.replace(TINY, time_budget=9.0)
     result = hold(task=task, begun="burnt = time.process_time() + 4", each_step="if time.process_time() > burnt: break")
     assert result["outcome"] == "invalid" and "its clock cannot be right" in result["reason"], result
@@ -483,9 +488,9 @@ def test_on_a_kernel_that_cannot_scope_signals_a_candidate_reaches_no_process_bu
 
     ruleset = landlockpy.Ruleset
     monkeypatch.setattr(landlockpy, "Ruleset", lambda scoped: ruleset())
-    monkeypatch.setattr(prepare, "landlock_abi", lambda: 5)
-    rules = prepare.sandbox_rules([], [], [])
-    child = prepare.start_confined([sys.executable, "-c", KILLS], rules, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(sandbox, "landlock_abi", lambda: 5)
+    rules = sandbox_rules([], [], [])
+    child = start_confined([sys.executable, "-c", KILLS], rules, stdout=subprocess.PIPE, text=True)
     assert child.communicate(timeout=20)[0] == "DENIED\n" * 3 + "DONE\n" and child.returncode == 0
 
 
@@ -505,7 +510,7 @@ for number in range(100):
 print(number, flush=True)
 os.kill(0, 9)
 """
-    monkeypatch.setattr(prepare, "THREAD_LIMIT", 40)
+    monkeypatch.setattr(limits, "THREAD_LIMIT", 40)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
-    child = prepare.start_confined([sys.executable, "-c", code], None, stdout=subprocess.PIPE, text=True)
+    child = start_confined([sys.executable, "-c", code], None, stdout=subprocess.PIPE, text=True)
     assert child.communicate(timeout=20)[0].split() == ["40", "39"]

@@ -1,0 +1,111 @@
+"""The commands of prepare.py: prepare, --text, --check and trial."""
+
+import argparse
+import atexit
+import fcntl
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from exam import rows
+from exam.check import check
+from exam.machine import answer_speed, machine_flops
+from exam.result import print_summary
+from exam.sandbox import sandbox_level
+from exam.syscalls import PR_SET_PDEATHSIG, prctl
+from exam.text import KINDS
+from exam.trial import trial
+from prepare import DISK_FULL, PAUSE_CODE, SEED, TASK, TASKS, Pause, Trouble, get_task, words
+
+HURRY = 5.0  # seconds that a program may take to end in good order, undisturbed
+
+
+def hear_signals():
+    """Have Ctrl-C, kill and a closed terminal end the program by an exception; exit code 128 + the signal's number.
+
+    Those that follow within HURRY seconds are an owner's impatience, and count for nothing: an exception in the middle
+    of subprocess.Popen.wait() can leave its lock taken, and the program waiting for ever.
+    """
+    ended, numbers = -math.inf, [signal.SIGINT, signal.SIGTERM]  # in a script's background SIGINT would be ignored
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
+        numbers.append(signal.SIGHUP)
+
+    def end(number, _):
+        nonlocal ended
+        before, ended = ended, time.monotonic()
+        if ended - before > HURRY:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # from then on the exit code is fixed
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description="Prepare a task's data, or run one trial of a train.py under sandbox, clock and exam.",
+        epilog="Data lives in ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it).",
+    )
+    add = parser.add_argument
+    add("--task", metavar="NAME", help=f"one of: {', '.join(TASKS)}, or the name of an own text (default: {TASK.name})")
+    add("--shards", type=int, metavar="N", help="training shards of climbmix, of 6,542 (default: 10)")
+    add("--text", nargs="+", metavar="PATH", help=f"prepare own files and folders ({' '.join(KINDS)}) as --task (text)")
+    add("--check", action="store_true", help="look whether all is well for a night, and exit")
+    one = parser.add_subparsers(dest="command", metavar="trial").add_parser("trial", help="run and score one candidate")
+    add = one.add_argument
+    add("train_py", metavar="TRAIN_PY", help="the candidate's train.py")
+    add("--out", required=True, metavar="DIR", help="folder for result.json, log.txt and metrics.jsonl")
+    add("--task", metavar="NAME", default=argparse.SUPPRESS, help="as above")
+    add("--seed", type=int, default=SEED, metavar="N", help="of data order and initialisation (default: 0)")
+    add("--budget", type=float, metavar="SECONDS", help="of training, instead of the task's own")
+    add("--beat", type=float, metavar="BPB", help="examine less closely a score above it (default: none)")
+    add("--flops", type=float, metavar="RATE", help="machine_flops() for the candidate (default: as measured)")
+    add("--warm", type=Path, metavar="DIR", help="start with what torch.compile has left in an earlier trial's --out")
+    add("--no-sandbox", action="store_true", help="run the candidate unconfined: only for code you trust")
+    add("--parent", type=int, help=argparse.SUPPRESS)  # the process that this one is not to outlive
+    return parser.parse_args()
+
+
+def main():
+    """Run the command line of prepare.py; returns its exit code."""
+    if sys.argv[1:2] == ["_speed"]:
+        return answer_speed(float(sys.argv[2]))
+    arguments = parse_arguments()
+    hear_signals()
+    try:
+        if arguments.command == "trial":
+            if arguments.parent:
+                prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+                if os.getppid() != arguments.parent:
+                    return 143
+            task, sandbox = get_task(arguments.task, arguments.budget), not arguments.no_sandbox
+            if sandbox_level() == "none" or not sandbox:
+                print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
+            rows.verify(task)  # before anything is written
+            out = Path(arguments.out).resolve()
+            out.mkdir(parents=True, exist_ok=True)
+            # Held until this process ends: one that was told to end may still be clearing up here.
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX)
+            limits = arguments.beat, arguments.flops, arguments.warm and arguments.warm.resolve()
+            result = trial(arguments.train_py, out, task, arguments.seed, sandbox, *limits)
+            print_summary(result)
+            return 0 if result["outcome"] == "ok" else 1
+        if arguments.check:
+            return check(get_task(arguments.task))
+        if arguments.text:
+            task = rows.prepare_text(arguments.text, arguments.task or "text")
+        else:
+            task = get_task(arguments.task)
+            rows.prepare(task, shards=arguments.shards)
+        folder, rate = rows.verify(task), machine_flops(again=True)
+        print(f"{task.name} is ready in {folder}; train.py is sized for a machine of {rate / 1e12:.4g} TFLOP/s")
+        return 0
+    except (Trouble, OSError) as error:
+        print(f"prepare.py: {words(error)}", file=sys.stderr)
+        return PAUSE_CODE if isinstance(error, Pause) or getattr(error, "errno", None) in DISK_FULL else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

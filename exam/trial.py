@@ -1,0 +1,172 @@
+"""The trial: one candidate under clock and sandbox, then its exam, as the trusted side sees it."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from exam import limits
+from exam.compiled import copy_folder, move_compiled
+from exam.examiner import Examiner, finish_exam
+from exam.files import ROOT, remove, write_atomically
+from exam.machine import machine_flops
+from exam.processes import end_processes, kill_group
+from exam.result import print_summary
+from exam.rows import fingerprints, read_meta, verify
+from exam.sandbox import examiner_rules, room_environment, sandbox_level, sandbox_rules, start_confined
+from exam.syscalls import PR_SET_CHILD_SUBREAPER, prctl
+from exam.watch import Watch
+from prepare import Pause, device_kind, has_gpu, one_line
+
+
+def memory_errors():
+    """Errors that the memory of the GPUs has made and could not correct, by their driver's count; 0 where none counts.
+
+    After one, the next process may find the device well, and what the error has broken would look like a crash.
+    """
+    query = ["nvidia-smi", "--query-gpu=ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if has_gpu():
+            said = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
+            return sum(int(line) for line in said.split() if line.isdigit())
+    return 0
+
+
+def lay_out_room(out, source, warm):
+    """Make the folder that a candidate runs in: train.py (`source`, bytes), prepare.py, and what `warm` had compiled.
+
+    Raises Pause where the disk is full.
+    """
+    room = out / "room"
+    remove(room)
+    room.mkdir(parents=True)
+    for stale in ("result.json", "model.safetensors"):
+        (out / stale).unlink(missing_ok=True)
+    (room / "train.py").write_bytes(source)
+    shutil.copyfile(ROOT / "prepare.py", room / "prepare.py")
+    if shutil.disk_usage(out).free < 2 * limits.DISK_RESERVE:
+        raise Pause(f"the disk that holds {out} is full; a trial needs {2 * limits.DISK_RESERVE / 2**30:.1f} GB")
+    if warm and (warm / "compiled").is_dir():
+        copy_folder(warm / "compiled", room / "compiled", None)
+        try:
+            move_compiled(room / "compiled", warm / "room", room)
+        except RecursionError:  # folders too deep to be a cache
+            remove(room / "compiled")
+    return room
+
+
+def start_candidate(room, rules, task, seed, flops):
+    """Start the train.py of a room: (its Popen, our end of the channel to it, descriptor of what it prints)."""
+    # Messages stay whole, and the end of one side is seen by the other.
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    output, child_output = os.pipe()
+    told = {"task": dataclasses.asdict(task), "seed": seed, "flops": flops, "device": device_kind()}
+    told["fd"] = theirs.fileno()
+    streams = {"stdin": subprocess.DEVNULL, "stdout": child_output, "stderr": child_output}
+    command, passed = [sys.executable, "train.py"], [theirs.fileno()]
+    try:
+        child = start_confined(command, rules, cwd=room, env=room_environment(room, told), pass_fds=passed, **streams)
+    finally:
+        os.close(child_output)
+        theirs.close()
+    ours.setblocking(False)
+    os.set_blocking(output, False)
+    return child, ours, output
+
+
+def follow(watch, rows, at_begin):
+    """Watch a candidate to its end and return the facts. What goes wrong here meanwhile may be its doing: a crash."""
+    import psutil
+
+    try:
+        watch.run(rows, at_begin)
+    except (OSError, subprocess.SubprocessError, psutil.Error, RuntimeError, MemoryError) as error:
+        kill_group(watch.child)
+        watch.ended = watch.ended or time.monotonic()
+        watch.outcome, watch.reason = "crash", f"the machine gave way while it ran ({one_line(error, 200)})"
+    return watch.facts()
+
+
+def take_submission(room, out):
+    """Move the candidate's file out of its reach: (its path, {}), or (None, outcome and reason) unless it is plain."""
+    path, kept = room / "model.safetensors", out / "model.safetensors"
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > limits.FILE_LIMIT:
+            return None, {"outcome": "invalid", "reason": "the submission is not a plain file"}
+        path.rename(kept)
+    except OSError as error:
+        return None, {"outcome": "invalid", "reason": f"the submission cannot be read ({error.strerror})"}
+    return kept, {}
+
+
+def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
+    """Run the candidate `train_py` once in the folder `out` and score it; returns what it writes to out/result.json.
+
+    beat: val_bpb below which the score matters, so that the exam looks closer (None: always). flops: what the candidate
+    is told by machine_flops(). warm: `out` of an earlier run, with whose compiled code this one starts. Raises Trouble
+    or OSError, with nothing started, where data or disk are not fit, and Pause where the machine is at fault.
+    """
+    folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
+    errors = memory_errors()
+    source = Path(train_py).resolve().read_bytes()
+    level = sandbox_level() if sandbox else "none"
+    hidden = read_meta(task).get("hidden_folders", [])
+    compiled = out / "compiled"
+
+    def rules(readable, writable):
+        return None if level == "none" else sandbox_rules(readable, writable, hidden)
+
+    def start_examiner():
+        return stack.enter_context(Examiner(None if level == "none" else examiner_rules(out, hidden)))
+
+    def keep_compiled():
+        # A compile cache is a folder of code, in which trained weights could travel as well: so it is copied before the
+        # candidate has seen any text, and not at all where text can be read without being handed out.
+        remove(compiled)
+        if (room / "compiled").exists() and not hidden:
+            copy_folder(room / "compiled", compiled, rules([room], [compiled]))
+
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove, out / "room")
+        room = lay_out_room(out, source, warm)
+        examiner = start_examiner()
+        rows = stack.enter_context(open(folder / "train.bin", "rb"))
+        stack.callback(end_processes)
+        child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops)
+        stack.callback(os.close, output)
+        watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out)
+        result = follow(watch, rows.fileno(), keep_compiled)
+        if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
+            examiner = start_examiner()
+        submission, refused = take_submission(room, out) if result["outcome"] == "ok" else (None, {})
+        result |= refused | finish_exam(examiner, submission, task, verify(task), beat)
+    if result["outcome"] != "ok" and memory_errors() > errors:
+        raise Pause(
+            "the GPU's memory made errors during the trial (nvidia-smi -q -d ECC); a reset or a restart may help"
+        )
+    result |= {"total_seconds": round(time.monotonic() - begun, 3), "task": task.name, "budget": task.time_budget}
+    result |= {"seed": seed, "sandbox": level, "python": platform.python_version()}
+    result["sha256"] = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
+    write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def score_by_hand(path, task, facts):
+    """Score the model that a train.py outside a trial has saved at `path`, print the summary, and delete its folder."""
+    try:
+        with Examiner(None) as examiner:
+            result = {"outcome": "ok", **facts} | finish_exam(examiner, path, task, verify(task), None)
+    finally:
+        shutil.rmtree(path.parent)
+    print_summary(result)
