@@ -46,8 +46,8 @@ try:
     import prepare
     from exam import rows
     from exam.desk import hear_signals
-    from exam.files import remove, sha256, write_atomically
-    from exam.rows import fingerprints, verify
+    from exam.files import remove, write_atomically
+    from exam.rows import changed_since, fingerprints, verify
     from exam.sandbox import sandbox_level
     from prepare import Pause, Trouble, words
 except ModuleNotFoundError as missing:  # a fresh clone
@@ -496,11 +496,12 @@ class Lab:
         return kept.relative_to(HERE)
 
     def check_prepare(self):
-        """Raise Trouble if prepare.py is no longer the one that this tag's scores come from."""
-        if sha256(HERE / "prepare.py") != self.meta["sha256"]["prepare.py"]:
+        """Raise Trouble if the exam is no longer the one that this tag's scores come from."""
+        if changed := changed_since(self.meta["sha256"]):
             raise Trouble(
-                f"prepare.py has changed since tag {self.tag} was started, so scores would not compare; restore it "
-                f"(git checkout {self.meta['start']} -- prepare.py) or start another --tag"
+                f"{' and '.join(changed)} {'have' if changed[1:] else 'has'} changed since tag {self.tag} was started, "
+                f"so scores would not compare; restore what was (git checkout {self.meta['start']} -- "
+                f"{' '.join(changed)}) or start another --tag"
             )
 
     def fetch_book(self):
@@ -530,6 +531,8 @@ class Lab:
             known = dict(result["sha256"])
             if result["outcome"] == "ok":
                 float(result["val_bpb"]), float(result["peak_rss_mb"])
+            elif result["outcome"] in ("paused", "fault"):
+                return None
         except (OSError, ValueError, LookupError, TypeError):  # lost or damaged: the run will be held again
             return None
         for name, digest in self.meta["sha256"].items():

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import fcntl
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from exam import rows
 from exam.check import check
 from exam.machine import answer_speed, machine_flops
-from exam.result import print_summary
+from exam.result import Result, print_summary
 from exam.sandbox import sandbox_level
 from exam.syscalls import PR_SET_PDEATHSIG, prctl
 from exam.text import KINDS
@@ -45,6 +46,7 @@ def hear_signals():
 
 
 def parse_arguments():
+    """The command line of prepare.py."""
     parser = argparse.ArgumentParser(
         description="Prepare a task's data, or run one trial of a train.py under sandbox, clock and exam.",
         epilog="Data lives in ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it).",
@@ -69,6 +71,37 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def may_pass(error):
+    """Whether a Trouble or an OSError may pass by itself, so that the same is worth trying again later."""
+    return isinstance(error, Pause) or getattr(error, "errno", None) in DISK_FULL
+
+
+def hold_trial(arguments):
+    """The command trial; returns its exit code. What keeps it from an end is, before it is raised, in result.json."""
+    if arguments.parent:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != arguments.parent:
+            return 143
+    out, sandbox = Path(arguments.out).resolve(), not arguments.no_sandbox
+    out.mkdir(parents=True, exist_ok=True)
+    # Held until this process ends: one that was told to end may still be clearing up here.
+    fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX)
+    path = out / "result.json"
+    path.unlink(missing_ok=True)  # an earlier trial's
+    if sandbox_level() == "none" or not sandbox:
+        print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
+    limits = arguments.beat, arguments.flops, arguments.warm and arguments.warm.resolve()
+    try:
+        task = get_task(arguments.task, arguments.budget)
+        result = trial(arguments.train_py, out, task, arguments.seed, sandbox, *limits)
+    except (Trouble, OSError) as error:
+        with contextlib.suppress(OSError):  # on a full disk the exit code alone tells of it
+            Result("paused" if may_pass(error) else "fault", words(error)).write(path)
+        raise
+    print_summary(result)
+    return 0 if result.outcome == "ok" else 1
+
+
 def main():
     """Run the command line of prepare.py; returns its exit code."""
     if sys.argv[1:2] == ["_speed"]:
@@ -77,22 +110,7 @@ def main():
     hear_signals()
     try:
         if arguments.command == "trial":
-            if arguments.parent:
-                prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() != arguments.parent:
-                    return 143
-            task, sandbox = get_task(arguments.task, arguments.budget), not arguments.no_sandbox
-            if sandbox_level() == "none" or not sandbox:
-                print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
-            rows.verify(task)  # before anything is written
-            out = Path(arguments.out).resolve()
-            out.mkdir(parents=True, exist_ok=True)
-            # Held until this process ends: one that was told to end may still be clearing up here.
-            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX)
-            limits = arguments.beat, arguments.flops, arguments.warm and arguments.warm.resolve()
-            result = trial(arguments.train_py, out, task, arguments.seed, sandbox, *limits)
-            print_summary(result)
-            return 0 if result["outcome"] == "ok" else 1
+            return hold_trial(arguments)
         if arguments.check:
             return check(get_task(arguments.task))
         if arguments.text:
@@ -105,7 +123,7 @@ def main():
         return 0
     except (Trouble, OSError) as error:
         print(f"prepare.py: {words(error)}", file=sys.stderr)
-        return PAUSE_CODE if isinstance(error, Pause) or getattr(error, "errno", None) in DISK_FULL else 2
+        return PAUSE_CODE if may_pass(error) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,22 +1,103 @@
-"""What became of one trial: result.json, typed."""
+"""What became of one trial: result.json, typed, and its summary. What the loop makes of it is not for here."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from exam.files import write_atomically
+
+COUNTED = ("ok", "invalid", "crash", "timeout")  # outcomes that are the candidate's doing
+UNCOUNTED = ("paused", "fault")  # those that are not: what may pass by itself, and what needs the owner
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of one trial, as result.json holds it; None, 0.0 or "" for what was not found out.
+
+    outcome: one of COUNTED and UNCOUNTED. Times are in seconds, memory in MiB, matmul_flops in FLOP/s as the machine
+    multiplied right after the training; leak is the largest change of a loss by later tokens. sha256: {file: digest} of
+    what decides a score.
+    """
+
+    outcome: str
+    reason: str | None = None
+    val_bpb: float | None = None
+    training_seconds: float = 0.0
+    startup_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    total_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    steps: float | None = None
+    tokens: float | None = None
+    params: float | None = None
+    peak_rss_mb: float = 0.0
+    peak_vram_mb: float | None = None
+    leak: float | None = None
+    device: str | None = None
+    matmul_flops: float | None = None
+    task: str = ""
+    budget: float = 0.0
+    seed: int = 0
+    sandbox: str = ""
+    python: str = ""
+    sha256: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def counted(self):
+        """Whether the candidate has had its trial."""
+        return self.outcome in COUNTED
+
+    @property
+    def memory_gb(self):
+        """The most memory that training took, in GiB: the GPU's where there is one."""
+        return (self.peak_vram_mb or self.peak_rss_mb) / 1024
+
+    @classmethod
+    def read(cls, path):
+        """The Result in a file; None where that is missing or damaged. Entries of other names are left out."""
+        try:
+            found = json.loads(Path(path).read_text())
+            result = cls(**{field.name: found[field.name] for field in dataclasses.fields(cls) if field.name in found})
+            return result if result.is_sound() else None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            return None
+
+    def is_sound(self):
+        """Whether all is of its type, the outcome a known one, and a score there where it has to be."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            whole = type(value) is int and isinstance(0.0, field.type)  # JSON need not tell 9.0 from 9
+            if not (whole or isinstance(value, field.type)):
+                return False
+        scored = self.val_bpb is not None and math.isfinite(self.val_bpb)
+        return self.outcome in COUNTED + UNCOUNTED and (scored or self.outcome != "ok")
+
+    def write(self, path):
+        """Write the file as a whole or not at all; what is None is left out."""
+        known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        write_atomically(path, json.dumps(known, indent=1) + "\n")
+
+
+SUMMARY = (  # name, what it is of a Result, times what, format
+    ("val_bpb", "val_bpb", 1, ".6f"),
+    ("training_seconds", "training_seconds", 1, ".1f"),
+    ("startup_seconds", "startup_seconds", 1, ".1f"),
+    ("eval_seconds", "eval_seconds", 1, ".1f"),
+    ("total_seconds", "total_seconds", 1, ".1f"),
+    ("peak_vram_mb", "peak_vram_mb", 1, ".1f"),
+    ("peak_rss_mb", "peak_rss_mb", 1, ".1f"),
+    ("total_tokens_M", "tokens", 1e-6, ".1f"),
+    ("num_steps", "steps", 1, ".0f"),
+    ("num_params_M", "params", 1e-6, ".1f"),
+)
 
 
 def print_summary(result):
-    """Print a result the way that scripts of karpathy/autoresearch expect it, one `name: value` a line."""
+    """Print a Result the way that scripts of karpathy/autoresearch expect it, one `name: value` a line."""
     print("---")
-    if result["outcome"] != "ok":
-        print(f"outcome:          {result['outcome']}\nreason:           {result['reason']}")
-    for name, key, scale, form in (
-        ("val_bpb", "val_bpb", 1, ".6f"),
-        ("training_seconds", "training_seconds", 1, ".1f"),
-        ("startup_seconds", "startup_seconds", 1, ".1f"),
-        ("eval_seconds", "eval_seconds", 1, ".1f"),
-        ("total_seconds", "total_seconds", 1, ".1f"),
-        ("peak_vram_mb", "peak_vram_mb", 1, ".1f"),
-        ("peak_rss_mb", "peak_rss_mb", 1, ".1f"),
-        ("total_tokens_M", "tokens", 1e-6, ".1f"),
-        ("num_steps", "steps", 1, ".0f"),
-        ("num_params_M", "params", 1e-6, ".1f"),
-    ):
-        if key in result:
-            print(f"{name + ':':<18}{result[key] * scale:{form}}")
+    if result.outcome != "ok":
+        print(f"outcome:          {result.outcome}\nreason:           {result.reason}")
+    for name, key, scale, form in SUMMARY:
+        if value := getattr(result, key):
+            print(f"{name + ':':<18}{value * scale:{form}}")

@@ -260,9 +260,34 @@ def verify(task):
     return folder
 
 
+# The files that can change a score on prepared data: what a candidate is given, what it can reach, when its clock runs
+# and ends, and how its model is scored. What prepares data, sizes a model or talks is not among them: the data have
+# fingerprints of their own, and a tag keeps the size that it was started with.
+FROZEN = (
+    "prepare.py",
+    "exam/limits.py",
+    "exam/tokenizer.py",  # for the bytes of a token
+    "exam/speed.py",  # for the rate by which runs on a slow machine are told
+    "exam/syscalls.py",
+    "exam/sandbox.py",
+    "exam/processes.py",
+    "exam/reader.py",
+    "exam/examiner.py",
+    "exam/compiled.py",  # for what a trial may learn from an earlier one
+    "exam/watch.py",
+    "exam/trial.py",
+)
+
+
 def fingerprints(task):
-    """SHA-256 of everything besides train.py that decides a score: prepare.py, the tokenizer, the validation rows."""
+    """SHA-256 of everything besides train.py that decides a score: FROZEN, the tokenizer, the validation rows."""
     verify(task)
     meta = read_meta(task)
-    own = {"prepare.py": sha256(ROOT / "prepare.py")}
-    return own | {"tokenizer": meta["tokenizer_sha256"], "val": meta["val_sha256"]}
+    frozen = {name: sha256(ROOT / name) for name in FROZEN}
+    return frozen | {"tokenizer": meta["tokenizer_sha256"], "val": meta["val_sha256"]}
+
+
+def changed_since(known):
+    """Those of FROZEN that are not as they were when `known` was made, an earlier fingerprints()."""
+    changed = [name for name in FROZEN if name in known and sha256(ROOT / name) != known[name]]
+    return changed or [name for name in FROZEN if name not in known]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -17,10 +16,10 @@ from pathlib import Path
 from exam import limits
 from exam.compiled import copy_folder, move_compiled
 from exam.examiner import Examiner, finish_exam
-from exam.files import ROOT, remove, write_atomically
+from exam.files import ROOT, remove
 from exam.machine import machine_flops
 from exam.processes import end_processes, kill_group
-from exam.result import print_summary
+from exam.result import Result, print_summary
 from exam.rows import fingerprints, read_meta, verify
 from exam.sandbox import examiner_rules, room_environment, sandbox_level, sandbox_rules, start_confined
 from exam.syscalls import PR_SET_CHILD_SUBREAPER, prctl
@@ -110,7 +109,7 @@ def take_submission(room, out):
 
 
 def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
-    """Run the candidate `train_py` once in the folder `out` and score it; returns what it writes to out/result.json.
+    """Run the candidate `train_py` once in the folder `out`, score it, write out/result.json and return the Result.
 
     beat: val_bpb below which the score matters, so that the exam looks closer (None: always). flops: what the candidate
     is told by machine_flops(). warm: `out` of an earlier run, with whose compiled code this one starts. Raises Trouble
@@ -121,7 +120,6 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     source = Path(train_py).resolve().read_bytes()
     level = sandbox_level() if sandbox else "none"
     hidden = read_meta(task).get("hidden_folders", [])
-    compiled = out / "compiled"
 
     def rules(readable, writable):
         return None if level == "none" else sandbox_rules(readable, writable, hidden)
@@ -132,9 +130,9 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     def keep_compiled():
         # A compile cache is a folder of code, in which trained weights could travel as well: so it is copied before the
         # candidate has seen any text, and not at all where text can be read without being handed out.
-        remove(compiled)
+        remove(out / "compiled")
         if (room / "compiled").exists() and not hidden:
-            copy_folder(room / "compiled", compiled, rules([room], [compiled]))
+            copy_folder(room / "compiled", out / "compiled", rules([room], [out / "compiled"]))
 
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.ExitStack() as stack:
@@ -146,19 +144,18 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops)
         stack.callback(os.close, output)
         watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out)
-        result = follow(watch, rows.fileno(), keep_compiled)
+        facts = follow(watch, rows.fileno(), keep_compiled)
         if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
             examiner = start_examiner()
-        submission, refused = take_submission(room, out) if result["outcome"] == "ok" else (None, {})
-        result |= refused | finish_exam(examiner, submission, task, verify(task), beat)
-    if result["outcome"] != "ok" and memory_errors() > errors:
-        raise Pause(
-            "the GPU's memory made errors during the trial (nvidia-smi -q -d ECC); a reset or a restart may help"
-        )
-    result |= {"total_seconds": round(time.monotonic() - begun, 3), "task": task.name, "budget": task.time_budget}
-    result |= {"seed": seed, "sandbox": level, "python": platform.python_version()}
-    result["sha256"] = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
-    write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
+        submission, refused = take_submission(room, out) if facts["outcome"] == "ok" else (None, {})
+        facts |= refused | finish_exam(examiner, submission, task, verify(task), beat)
+    if facts["outcome"] != "ok" and memory_errors() > errors:
+        raise Pause("the GPU's memory made errors in the trial (nvidia-smi -q -d ECC); a reset or a restart may help")
+    facts |= {"task": task.name, "budget": task.time_budget, "seed": seed, "sandbox": level}
+    facts |= {"total_seconds": round(time.monotonic() - begun, 3), "python": platform.python_version()}
+    digests = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
+    result = Result(**facts, sha256=digests)
+    result.write(out / "result.json")
     return result
 
 
@@ -166,7 +163,7 @@ def score_by_hand(path, task, facts):
     """Score the model that a train.py outside a trial has saved at `path`, print the summary, and delete its folder."""
     try:
         with Examiner(None) as examiner:
-            result = {"outcome": "ok", **facts} | finish_exam(examiner, path, task, verify(task), None)
+            facts = {"outcome": "ok", **facts} | finish_exam(examiner, path, task, verify(task), None)
     finally:
         shutil.rmtree(path.parent)
-    print_summary(result)
+    print_summary(Result(**facts))

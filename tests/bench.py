@@ -156,11 +156,11 @@ def overhead(scratch, budget):
     """Rows on the wall time of a trial of the baseline beyond its budget: in all, and the parts of it."""
     result = trial(ROOT / "train.py", scratch / "trial", prepare.get_task("pycode", budget), 0)
     print_summary(result)
-    beyond = result["total_seconds"] - result["training_seconds"]
+    beyond = result.total_seconds - result.training_seconds
     return [
         ("trial: wall time beyond the budget, against the budget", beyond, budget),
-        ("trial: start-up and seal, against that time", result["startup_seconds"], beyond),
-        ("trial: exam, against that time", result["eval_seconds"], beyond),
+        ("trial: start-up and seal, against that time", result.startup_seconds, beyond),
+        ("trial: exam, against that time", result.eval_seconds, beyond),
     ]
 
 

@@ -205,10 +205,10 @@ PLAYED_TRIAL = """
 import signal
 
 END = {
-    "timeout": {"outcome": "timeout", "reason": "no end after 64 s between begin() and submit()"},
-    "crash": {"outcome": "crash", "reason": "exit code 1"},
-    "exam": {"outcome": "invalid", "reason": "the exam took longer than 720 s"},
-    "refused": {"outcome": "invalid", "reason": "the model is not causal"},
+    "timeout": ("timeout", "no end after 64 s between begin() and submit()"),
+    "crash": ("crash", "exit code 1"),
+    "exam": ("invalid", "the exam took longer than 720 s"),
+    "refused": ("invalid", "the model is not causal"),
 }
 
 
@@ -229,19 +229,21 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     (out / "metrics.jsonl").write_text('{"seconds": 0.1, "step": 1, "loss": 5.0}\\n')
     (out / "model.safetensors").write_bytes(source)
     (out / "compiled").mkdir(exist_ok=True)
-    result = {"outcome": "ok", "reason": None, "training_seconds": task.time_budget, "peak_rss_mb": 100.0, "steps": 9}
+    result = Result("ok", training_seconds=task.time_budget, peak_rss_mb=100.0, steps=9)
     if ended.returncode:
         reason = (ended.stderr.strip().splitlines() or ["killed"])[-1]
-        result |= {"outcome": "invalid" if "Refused" in reason else "crash", "reason": reason}
+        result.outcome, result.reason = "invalid" if "Refused" in reason else "crash", reason
     else:
-        result["val_bpb"] = float(ended.stdout.split()[-1])
+        result.val_bpb = float(ended.stdout.split()[-1])
     if speed:
-        result |= {"matmul_flops": float(speed)} | END.get(end, {})
-    result |= {"seed": seed, "task": task.name, "budget": task.time_budget, "flops": flops, "warm": warm and str(warm)}
-    result["sha256"] = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
+        result.matmul_flops = float(speed)
+        result.outcome, result.reason = END.get(end, (result.outcome, result.reason))
+    result.seed, result.task, result.budget = seed, task.name, task.time_budget
+    result.sha256 = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
     with open(out.parents[2] / "trials", "a") as file:
         print(Path(train_py).parent.name, seed, file=file)
-    write_atomically(out / "result.json", json.dumps(result))
+    (out / "told").write_text(f"{flops} {warm}")
+    result.write(out / "result.json")
     return result
 """
 

@@ -115,8 +115,8 @@ def seconds(function, device):
 def hold(train_py, out, task, flops, warm=None):
     """The result of a trial; raises RuntimeError with what the candidate said where it failed."""
     result = trial(train_py, out, task, 0, beat=0.0, flops=flops, warm=warm)
-    if result["outcome"] != "ok":
-        raise RuntimeError(f"the trial failed: {result['reason']}\n{(out / 'log.txt').read_text()}")
+    if result.outcome != "ok":
+        raise RuntimeError(f"the trial failed: {result.reason}\n{(out / 'log.txt').read_text()}")
     return result
 
 
@@ -124,9 +124,9 @@ def sandbox(task, device, flops, scratch):
     """A small train.py: whether device and compiler work under the sandbox, and how fast the examiner finds it."""
     (scratch / "small.py").write_text(SMALL)
     result = hold(scratch / "small.py", scratch / "small", dataclasses.replace(task, time_budget=2.0), flops)
-    yield Row(f"sandbox ({result['sandbox']}): a compiled model, steps in 2 s", result["steps"])
-    yield Row("sandbox: device of the exam", result["device"], device.type == "cpu" or "CPU" not in result["device"])
-    gap = result["matmul_flops"] / ask_speed(1.5)["matmul_flops"] - 1
+    yield Row(f"sandbox ({result.sandbox}): a compiled model, steps in 2 s", result.steps)
+    yield Row("sandbox: device of the exam", result.device, device.type == "cpu" or "CPU" not in result.device)
+    gap = result.matmul_flops / ask_speed(1.5)["matmul_flops"] - 1
     yield Row("sandbox: speed in the exam against a longer measurement", f"{gap:+.1%}", abs(gap) < 0.15)
 
 
@@ -137,14 +137,14 @@ def trials(task, device, flops, scratch):
         told = flops * task.time_budget / BUDGET  # so that the size is that of the whole budget
         result = hold(ROOT / "train.py", scratch / kind, short, told, warm)
         for name in ("startup_seconds", "steps", "eval_seconds", "peak_vram_mb", "leak"):
-            if name in result:
-                yield Row(f"trial, {kind}: {name}", f"{result[name]:.4g}")
-        late = result["total_seconds"] - result["training_seconds"] - result["startup_seconds"]
+            if (value := getattr(result, name)) is not None:
+                yield Row(f"trial, {kind}: {name}", f"{value:.4g}")
+        late = result.total_seconds - result.training_seconds - result.startup_seconds
         yield Row(f"trial, {kind}: seconds after training", f"{late:.1f}")
         if cold:
-            share = result["startup_seconds"] / cold
+            share = result.startup_seconds / cold
             yield Row("trial: start-up, warm against cold", f"{share:.0%}", share < 0.7)
-        warm, cold = scratch / kind, result["startup_seconds"]
+        warm, cold = scratch / kind, result.startup_seconds
 
 
 def attention(task, device, flops, scratch, heads=40, head_dim=128):

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import prepare
 from exam.check import rehearsal_fault
+from exam.result import Result
 
 H100, SLICE = "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
 
@@ -49,7 +50,7 @@ def test_a_gpu_that_fails_in_the_exam_is_the_fault_of_the_machine(fault, words, 
     arguments = ["trial", candidate(), "--task", "tiny", "--flops", "1e12", "--out", tmp_path / "out"]
     said = on_gpu("prepare.py", *arguments, fault=fault)
     assert said.returncode == 75 and words in said.stderr and said.stderr.count("\n") == 1, said
-    assert not (tmp_path / "out" / "result.json").exists()
+    assert Result.read(tmp_path / "out" / "result.json") == Result("paused", said.stderr.strip()[len("prepare.py: ") :])
 
 
 def test_a_crash_while_the_memory_of_the_gpu_made_errors_is_the_fault_of_the_machine(on_gpu, candidate, tmp_path):
@@ -61,7 +62,7 @@ def test_a_crash_while_the_memory_of_the_gpu_made_errors_is_the_fault_of_the_mac
     arguments = ["trial", path, "--task", "tiny", "--flops", "1e12", "--out", tmp_path / "out"]
     said = on_gpu("prepare.py", *arguments, PATH=f"{counter.parent}:{os.environ['PATH']}")
     assert said.returncode == 75 and "the GPU's memory made errors" in said.stderr, said
-    assert not (tmp_path / "out" / "result.json").exists()
+    assert Result.read(tmp_path / "out" / "result.json").outcome == "paused"
 
 
 def test_a_gpu_that_torch_cannot_use_stops_everything_with_one_sentence(on_gpu, candidate, tmp_path):
@@ -73,7 +74,7 @@ def test_a_gpu_that_torch_cannot_use_stops_everything_with_one_sentence(on_gpu, 
         assert said.returncode == code and said.stderr.count("\n") == 1, said.stderr
         assert "the GPU cannot be used (No CUDA GPUs are available); a GPU in MIG mode" in said.stderr
         assert "CUDA_VISIBLE_DEVICES= trains on the CPU" in said.stderr
-    assert not (tmp_path / "out" / "result.json").exists()
+    assert Result.read(tmp_path / "out" / "result.json").outcome == "paused"
 
 
 @pytest.mark.parametrize(

@@ -22,16 +22,16 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, USERS
+from conftest import ROOT, TINY, USERS
 from safetensors.torch import save_file
 from test_trial import processes_in
 from torch import nn
 
 import prepare
-from exam import limits
+from exam import limits, sandbox
 from exam.examiner import Examiner, Reader, examine, machine_now
 from exam.reader import LOSSES, READY
-from exam.result import print_summary
+from exam.result import Result, print_summary
 from exam.text import hidden_folders
 from exam.tokenizer import load_tokens
 from exam.trial import trial
@@ -44,7 +44,7 @@ def honest_bpb(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("honest")
     (folder / "train.py").write_text(CANDIDATE.format(before="", forward="", begun="", each_step="pass", after=""))
-    return min(trial(folder / "train.py", folder / "out", TINY, seed)["val_bpb"] for seed in (0, 1)) - 0.15
+    return min(trial(folder / "train.py", folder / "out", TINY, seed).val_bpb for seed in (0, 1)) - 0.15
 
 
 def log(tmp_path):
@@ -521,13 +521,13 @@ def quiet_trial(known, tmp_path_factory, request):
 
     folder = tiny_repository(tmp_path_factory.mktemp("quiet") / "repository")
     tries = [f"print({'=== ' + attack!r})\n" + textwrap.dedent(HARMLESS[attack][0]).strip() for attack in QUIET]
-    code = "\n".join([known, *tries, "print('===', flush=True)"])
+    code = "\n".join([known, f"REPOSITORY = {str(folder)!r}", *tries, "print('===', flush=True)"])
     (folder / "train.py").write_text(CANDIDATE.format(before=code, forward="", begun="", each_step="pass", after=""))
     command = [sys.executable, "prepare.py", "trial", "train.py", "--task", "tiny", "--out", "out"]
     said = subprocess.run([*request.param, *command], cwd=folder, capture_output=True, text=True)
     assert said.returncode == 0, said
     printed = (folder / "out" / "log.txt").read_text().split("=== ")
-    result = json.loads((folder / "out" / "result.json").read_text())
+    result = Result.read(folder / "out" / "result.json")
     return result, {part.partition("\n")[0]: part.partition("\n")[2] for part in printed}
 
 
@@ -535,7 +535,7 @@ def quiet_trial(known, tmp_path_factory, request):
 def test_it_learns_and_changes_nothing_when_it(attack, quiet_trial, honest_bpb):
     result, printed = quiet_trial
     assert HARMLESS[attack][1] in printed[attack] and "LEAK" not in printed[attack], printed[attack]
-    assert result["outcome"] == "ok" and result["val_bpb"] > honest_bpb, result
+    assert result.outcome == "ok" and result.val_bpb > honest_bpb, result
 
 
 @pytest.mark.parametrize("attack", [attack for attack in HARMLESS if attack not in QUIET])
@@ -543,9 +543,9 @@ def test_it_gains_nothing_when_it(attack, known, hold, tmp_path, honest_bpb):
     code, trace = HARMLESS[attack]
     result = hold(before=known + "\n" + textwrap.dedent(code))
     assert trace in log(tmp_path) and "LEAK" not in log(tmp_path), log(tmp_path)
-    assert result["outcome"] == "ok" or attack in MAY_FAIL, result
-    assert result.get("val_bpb", math.inf) > honest_bpb
-    assert result == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result.outcome == "ok" or attack in MAY_FAIL, result
+    assert (result.val_bpb or math.inf) > honest_bpb
+    assert result == Result.read(tmp_path / "out" / "result.json")
     assert not processes_in(tmp_path) and not (tmp_path / "out" / "room").exists()
 
 
@@ -581,7 +581,7 @@ def test_a_submission_is_refused_that_is(code, reason, hold, tmp_path):
             return (os.system, ("touch {marker}",))
     """
     result = hold(before=payload, after=SUBMIT.format(code=code))
-    assert result["outcome"] == "invalid" and reason in result["reason"], result
+    assert result.outcome == "invalid" and reason in result.reason, result
     assert not marker.exists()
 
 
@@ -600,21 +600,21 @@ CHANNEL = "import prepare, socket; channel = socket.socket(fileno=os.dup(prepare
 )
 def test_the_proctor_survives_a_candidate_that(code, hold, tmp_path, capsys):
     result = hold(before=CHANNEL + code)
-    assert result["outcome"] in ("crash", "invalid") and result["reason"].isprintable(), result
+    assert result.outcome in ("crash", "invalid") and result.reason.isprintable(), result
     print_summary(result)
     assert not re.search("^val_bpb", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_submission_before_begin_does_not_count(hold):
     result = hold(before=SUBMIT.format(code="open('model.safetensors', 'w')").replace("time.sleep(60)", "sys.exit(0)"))
-    assert result["outcome"] == "crash" and result["training_seconds"] == 0.0
+    assert result.outcome == "crash" and result.training_seconds == 0.0
 
 
 def test_a_report_is_reduced_to_short_numbers(hold):
     lie = json.dumps({"submit": {"steps": "9" * 10**4, "tokens": 1e400, "params": {}, "device": "NVIDIA H100"}})
     result = hold(after=SUBMIT.format(code="").replace('json.dumps({"submit": {}})', repr(lie)))
-    assert result["outcome"] == "ok" and not {"steps", "tokens", "params"} & set(result)
-    assert result["device"].startswith("CPU")
+    assert result.outcome == "ok" and result.steps is result.tokens is result.params is None
+    assert result.device.startswith("CPU")
 
 
 FILL = "f = open('big', 'wb'); [f.write(bytes(2**24)) for _ in range(64)]; time.sleep(9)"
@@ -632,7 +632,7 @@ FILL = "f = open('big', 'wb'); [f.write(bytes(2**24)) for _ in range(64)]; time.
 def test_it_is_stopped_when_it_exceeds_the(limit, value, code, reason, hold, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, limit, value)
     result = hold(before=code)
-    assert result["outcome"] == "crash" and reason in result["reason"], result
+    assert result.outcome == "crash" and reason in result.reason, result
     assert not processes_in(tmp_path) and not (tmp_path / "out" / "room").exists()
 
 
@@ -840,7 +840,7 @@ def test_a_look_ahead_model_that_disarms_the_first_check_is_invalid_after_its_tr
         before="import prepare; prepare.try_forward = lambda *a: None",
         forward="x = x + torch.cat((x[:, 1:], x[:, :1]), 1)",
     )
-    assert result["outcome"] == "invalid" and "not causal" in result["reason"] and "val_bpb" not in result
+    assert result.outcome == "invalid" and "not causal" in result.reason and result.val_bpb is None
 
 
 def test_honest_models_never_trip_the_probe_in_200_checks(monkeypatch):
@@ -992,7 +992,7 @@ def test_a_program_that_takes_too_long_is_invalid(hold, monkeypatch):
         before="import prepare\n" + endless,
         after="prepare.save_sealed = slow",
     )
-    assert result["outcome"] == "invalid" and "longer than 6 s" in result["reason"], result
+    assert result.outcome == "invalid" and "longer than 6 s" in result.reason, result
 
 
 class Counting(Honest):
@@ -1072,6 +1072,32 @@ def test_a_machine_that_cannot_be_measured_is_not_held_against_the_candidate(fau
         with pytest.raises(prepare.Pause, match="machine (does not answer|cannot be measured)"):
             machine_now(examiner, time.monotonic() + 20)
         striking.join()
+
+
+OPENS = """
+import os, sys
+for path in sys.argv[1:]:
+    for mode in ("rb", "ab"):
+        try:
+            open(path, mode)
+            print(mode, os.path.basename(path))
+        except OSError:
+            pass
+"""
+
+
+@pytest.mark.skipif(not sandbox.landlock_abi(), reason="there is no Landlock")
+def test_an_examiner_can_read_the_submission_and_the_exam_but_no_rows_and_nothing_else_of_the_repository(
+    tmp_path, cache
+):
+    submission = tmp_path / "model.safetensors"
+    submission.touch()
+    allowed = [submission, ROOT / "prepare.py", *(ROOT / "exam").glob("*.py")]
+    others = [ROOT / name for name in ("train.py", "agent_loop.py", "program.md", "docs/gpu.md", "pyproject.toml")]
+    others += [cache / "tiny" / name for name in ("val.bin", "train.bin", "meta.json", "tokenizer.txt")]
+    command = [sys.executable, "-I", "-c", OPENS, *map(str, allowed + others)]
+    child = sandbox.start_confined(command, sandbox.examiner_rules(tmp_path, []), stdout=subprocess.PIPE, text=True)
+    assert child.communicate(timeout=20)[0].splitlines() == [f"rb {path.name}" for path in allowed]
 
 
 class Recorder:

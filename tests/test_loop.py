@@ -255,11 +255,21 @@ def test_a_machine_without_git_is_told_to_install_it(home, loop):
     refused(loop(*QUICK, env=os.environ | {"PATH": "/nowhere"}), "install git")
 
 
-def test_a_tag_keeps_its_task_its_budget_and_its_prepare_py(home, loop):
+def test_a_tag_keeps_its_task_its_budget_and_all_that_decides_a_score_but_no_more(home, loop):
     assert loop(*QUICK, "--max-experiments", "0", "--greedy").returncode == 0
     refused(loop("--tag", "t", "--budget", "2", *SEARCH), "give another --tag")
+    with open(home / "exam" / "text.py", "a") as file:
+        file.write("# another message\n")
+    assert loop(*QUICK, "--max-experiments", "0", "--greedy").returncode == 0
+    with open(home / "exam" / "limits.py", "a") as file:
+        file.write("LOG_LIMIT = 2**21\n")
+    refused(loop(*QUICK), "exam/limits.py has changed since tag t was started")
     with open(home / "prepare.py", "a") as file:
         file.write("# a kinder exam\n")
+    refused(loop(*QUICK), "prepare.py and exam/limits.py have changed since tag t was started")
+    meta = home / "runs" / "t" / "meta.json"
+    known = json.loads(meta.read_text())
+    meta.write_text(json.dumps(known | {"sha256": {"prepare.py": "of another kind", "tokenizer": "a", "val": "b"}}))
     refused(loop(*QUICK), "prepare.py has changed since tag t was started")
 
 

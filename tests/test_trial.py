@@ -18,6 +18,8 @@ from conftest import ROOT, TINY, USERS
 import prepare
 from exam import limits, sandbox, watch
 from exam.processes import kill_group
+from exam.result import Result
+from exam.rows import FROZEN
 from exam.sandbox import sandbox_rules, start_confined
 from exam.trial import trial
 from exam.watch import Watch, last_words
@@ -42,15 +44,15 @@ class Impatient(prepare.Task):
 
 def test_an_honest_candidate_is_scored_and_its_evidence_written(hold, tmp_path):
     result = hold()
-    assert result["outcome"] == "ok", result
-    assert 0 < result["val_bpb"] < 8
-    assert 0.3 * TINY.time_budget < result["training_seconds"] <= TINY.time_budget + TINY.grace
-    assert result["steps"] > 0 and result["tokens"] % TINY.seq_len == 0
-    assert result == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result.outcome == "ok", result
+    assert 0 < result.val_bpb < 8
+    assert 0.3 * TINY.time_budget < result.training_seconds <= TINY.time_budget + TINY.grace
+    assert result.steps > 0 and result.tokens % TINY.seq_len == 0
+    assert result == Result.read(tmp_path / "out" / "result.json")
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert set(os.listdir(tmp_path / "out")) == {"result.json", "log.txt", "metrics.jsonl", "model.safetensors"}
-    assert set(result["sha256"]) == {"train.py", "prepare.py", "tokenizer", "val"}
+    assert set(result.sha256) == {"train.py", "tokenizer", "val", *FROZEN}
 
 
 def test_the_candidate_is_given_the_seed_of_the_trial(hold, tmp_path):
@@ -60,24 +62,24 @@ def test_the_candidate_is_given_the_seed_of_the_trial(hold, tmp_path):
 
 def test_a_crash_is_reported_with_the_last_line_of_its_traceback(hold, tmp_path):
     result = hold(each_step="raise ValueError('no such luck')")
-    assert result["outcome"] == "crash" and "ValueError: no such luck" in result["reason"]
+    assert result.outcome == "crash" and "ValueError: no such luck" in result.reason
     assert not processes_in(tmp_path)
 
 
 def test_a_segmentation_fault_is_a_crash_that_names_the_signal(hold):
     result = hold(each_step="os.kill(os.getpid(), 11)")
-    assert result["outcome"] == "crash" and "Segmentation fault" in result["reason"]
+    assert result.outcome == "crash" and "Segmentation fault" in result.reason
 
 
 def test_an_exit_without_submission_is_a_crash(hold):
     result = hold(after="sys.exit(0)")
-    assert result["outcome"] == "crash" and "without submit()" in result["reason"]
+    assert result.outcome == "crash" and "without submit()" in result.reason
 
 
 def test_a_candidate_that_hangs_before_begin_is_stopped_at_the_startup_limit(hold, tmp_path):
     result = hold(task=Impatient(**dataclasses.asdict(TINY)), before="time.sleep(1000)")
-    assert result["outcome"] == "timeout" and "before begin()" in result["reason"]
-    assert result["training_seconds"] == 0.0
+    assert result.outcome == "timeout" and "before begin()" in result.reason
+    assert result.training_seconds == 0.0
     assert not processes_in(tmp_path)
 
 
@@ -86,30 +88,30 @@ def test_a_candidate_that_trains_past_its_budget_and_ignores_signals_is_stopped(
         before="import signal; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 15)]",
         after="while True: time.sleep(0.01)",
     )
-    assert result["outcome"] == "timeout" and "between begin() and submit()" in result["reason"]
-    assert result["training_seconds"] < TINY.time_budget + TINY.grace + 1
+    assert result.outcome == "timeout" and "between begin() and submit()" in result.reason
+    assert result.training_seconds < TINY.time_budget + TINY.grace + 1
     assert not processes_in(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_invalid(hold):
     result = hold(after="model.head.weight.data.fill_(float('nan'))")
-    assert result["outcome"] == "invalid" and "not finite" in result["reason"]
+    assert result.outcome == "invalid" and "not finite" in result.reason
 
 
 def test_logits_of_the_wrong_shape_are_refused_before_the_clock_starts(hold):
     result = hold(forward="return self.head(x)[:, :-1]")
-    assert result["outcome"] == "invalid" and "not floating point" in result["reason"]
-    assert result["training_seconds"] == 0.0
+    assert result.outcome == "invalid" and "not floating point" in result.reason
+    assert result.training_seconds == 0.0
 
 
 def test_a_forward_that_depends_on_its_data_is_refused_in_words(hold):
     result = hold(forward="if tokens.sum() > 0: x = x + 1")
-    assert result["outcome"] == "invalid" and "torch.export cannot capture" in result["reason"]
+    assert result.outcome == "invalid" and "torch.export cannot capture" in result.reason
 
 
 def test_a_forward_with_dropout_is_sealed_without_it_and_in_place_arithmetic_is_fine(hold):
     result = hold(forward="x = F.dropout(x, 0.1, self.training)\nx += 1\nx.mul_(0.5)")
-    assert result["outcome"] == "ok", result
+    assert result.outcome == "ok", result
 
 
 def test_the_log_keeps_the_head_and_the_tail_of_a_talkative_candidate(hold, tmp_path):
@@ -144,12 +146,49 @@ def test_interrupting_a_trial_ends_all_its_processes_and_leaves_no_result(tmp_pa
         assert b"Traceback" not in trial.stderr.read()
         assert not processes_in(tmp_path) and not (tmp_path / "out" / "result.json").exists()
         metrics.unlink()
+        Result("ok", val_bpb=1.0).write(tmp_path / "out" / "result.json")  # of an earlier trial
 
 
 def test_a_second_trial_in_the_same_folder_waits_for_the_first(tmp_path, repository, candidate):
     command = [sys.executable, str(repository / "prepare.py"), "trial", str(candidate()), "--task", "tiny"]
     trials = [subprocess.Popen([*command, "--out", str(tmp_path / "out")]) for _ in range(2)]
     assert [trial.wait(60) for trial in trials] == [0, 0]
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    result = Result("ok", val_bpb=1.25, steps=9, peak_rss_mb=512.0, sha256={"train.py": "ab"})
+    result.write(tmp_path / "result.json")
+    assert Result.read(tmp_path / "result.json") == result and result.counted and result.memory_gb == 0.5
+    assert "peak_vram_mb" not in (tmp_path / "result.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "[1]",
+        "[" * 10**5,
+        b"\xff",
+        '{"val_bpb": 1.0}',
+        '{"outcome": "ok"}',
+        '{"outcome": "ok", "val_bpb": NaN}',
+        '{"outcome": "ok", "val_bpb": "1.0"}',
+        '{"outcome": "ok", "val_bpb": 1.0, "sha256": []}',
+        '{"outcome": "ok", "val_bpb": 1.0, "total_seconds": null}',
+        '{"outcome": "won", "val_bpb": 1.0}',
+    ],
+)
+def test_a_result_that_is_missing_or_damaged_is_none(content, tmp_path):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert Result.read(path) is None
+
+
+def test_entries_of_a_result_that_nobody_knows_are_left_out(tmp_path):
+    (tmp_path / "result.json").write_text('{"outcome": "crash", "reason": "x", "colour": "red"}')
+    assert Result.read(tmp_path / "result.json") == Result("crash", "x")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +214,9 @@ def test_damaged_data_is_named_in_one_sentence_and_nothing_is_started(
     command = [sys.executable, "prepare.py", "trial", "train.py", "--task", "tiny", "--out", tmp_path / "out"]
     said = run(*command, cwd=repository, env=os.environ | {"AUTORESEARCH_CACHE": str(copy)})
     assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1, said.stderr
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path / "out") == ["result.json"]
+    result = Result.read(tmp_path / "out" / "result.json")
+    assert result.outcome == "fault" and not result.counted and said.stderr == f"prepare.py: {result.reason}\n"
 
 
 def test_bad_arguments_get_one_sentence_and_exit_code_2(tmp_path, repository, candidate, run):
@@ -217,9 +258,9 @@ LATE = "(compiled / 'code').write_text('late'); (compiled / 'weights').write_tex
 def test_what_is_compiled_before_begin_serves_the_next_trial_and_nothing_that_is_written_later(tmp_path, candidate):
     path = candidate(before=f"from pathlib import Path\n{EARLY}", begun=LATE)
     first, second = tmp_path / "first", tmp_path / "second"
-    assert trial(path, first, TINY, 0)["outcome"] == "ok"
+    assert trial(path, first, TINY, 0).outcome == "ok"
     assert [file.read_text() for file in (first / "compiled").iterdir()] == ["early"]
-    assert trial(path, second, TINY, 0, warm=first)["outcome"] == "ok"
+    assert trial(path, second, TINY, 0, warm=first).outcome == "ok"
     assert "found ['code']" in (second / "log.txt").read_text()
     assert [file.read_text() for file in (first / "compiled").iterdir()] == ["early"]
 
@@ -232,11 +273,11 @@ def test_what_takes_the_place_of_compiled_code_leads_nowhere(tmp_path, candidate
         "os.symlink(rows, c)",
     ):
         path = candidate(before=f"c, rows = os.environ['TORCHINDUCTOR_CACHE_DIR'], {str(rows)!r}; {links}")
-        assert trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
+        assert trial(path, tmp_path / "out", TINY, 0).outcome == "ok"
         for file in (tmp_path / "out").rglob("*"):
             assert file.is_symlink() or file.is_dir() or file.read_bytes() != (rows / "val.bin").read_bytes()
     path = candidate(before="c = os.environ['TORCHINDUCTOR_CACHE_DIR']; os.mkdir(c); os.mkfifo(c + '/pipe')")
-    assert trial(path, tmp_path / "out", TINY, 0)["outcome"] == "ok"
+    assert trial(path, tmp_path / "out", TINY, 0).outcome == "ok"
 
 
 STORM = """
@@ -270,7 +311,7 @@ def test_processes_that_have_ended_do_not_count(hold, monkeypatch):
     monkeypatch.setattr(limits, "PROCESS_LIMIT", 20)
     orphans = "for _ in range(40):\n    os.fork() or (os.fork(), os._exit(0))\n    os.wait()"
     result = hold(before=orphans, begun="time.sleep(2)")
-    assert result["outcome"] == "ok", result
+    assert result.outcome == "ok", result
 
 
 def test_one_kill_ends_all_of_them(tmp_path):
@@ -324,8 +365,8 @@ def test_triton_finds_in_a_copied_cache_the_kernels_of_its_own_room(tmp_path, ca
     precious, content = tmp_path / "precious.json", f"{tmp_path}/first/room/x"
     precious.write_text(content)
     path = candidate(before=f"PRECIOUS = {str(precious)!r}\n{textwrap.dedent(listed)}")
-    assert trial(path, tmp_path / "first", TINY, 0)["outcome"] == "ok"
-    assert trial(path, tmp_path / "second", TINY, 0, warm=tmp_path / "first")["outcome"] == "ok"
+    assert trial(path, tmp_path / "first", TINY, 0).outcome == "ok"
+    assert trial(path, tmp_path / "second", TINY, 0, warm=tmp_path / "first").outcome == "ok"
     assert "found {'k.cubin': True}" in (tmp_path / "second" / "log.txt").read_text()
     assert precious.read_text() == content
 
@@ -333,7 +374,7 @@ def test_triton_finds_in_a_copied_cache_the_kernels_of_its_own_room(tmp_path, ca
 def test_compiled_code_beyond_its_limit_is_not_kept(tmp_path, candidate, monkeypatch):
     monkeypatch.setattr(limits, "COMPILED_LIMIT", 2**20)
     code = "c = os.environ['TORCHINDUCTOR_CACHE_DIR']; os.mkdir(c); open(c + '/code', 'wb').write(bytes(2**21))"
-    assert trial(candidate(before=code), tmp_path / "out", TINY, 0)["outcome"] == "ok"
+    assert trial(candidate(before=code), tmp_path / "out", TINY, 0).outcome == "ok"
     assert not (tmp_path / "out" / "compiled").exists()
 
 
@@ -391,14 +432,14 @@ def test_who_wants_others_to_be_ended_before_it_is_stopped(hold, monkeypatch):
     """Lowering is possible where the opening for CUDA is; raising the bar has the same effect."""
     monkeypatch.setattr(Watch, "last_to_go", 1001)
     result = hold(before="time.sleep(30)")
-    assert result["outcome"] == "crash" and "others to be ended before it" in result["reason"]
+    assert result.outcome == "crash" and "others to be ended before it" in result.reason
 
 
 def test_files_in_memory_count_as_memory(hold, monkeypatch):
     monkeypatch.setattr(limits, "MEMORY_SHARE", 0.05)
     code = "f = os.memfd_create('x'); [os.write(f, bytes(2**24)) for _ in range(100)]; time.sleep(9)"
     result = hold(before=code)
-    assert result["outcome"] == "crash" and "GB of memory" in result["reason"], result
+    assert result.outcome == "crash" and "GB of memory" in result.reason, result
 
 
 def test_a_proctor_that_cannot_start_a_process_in_mid_trial_blames_the_candidate(hold, monkeypatch):
@@ -409,12 +450,12 @@ def test_a_proctor_that_cannot_start_a_process_in_mid_trial_blames_the_candidate
 
     monkeypatch.setattr(Watch, "start_clock", full)
     result = hold()
-    assert result["outcome"] == "crash" and "gave way while it ran" in result["reason"], result
+    assert result.outcome == "crash" and "gave way while it ran" in result.reason, result
 
 
 def test_an_examiner_that_the_kernel_has_ended_is_replaced(hold, monkeypatch):
     monkeypatch.setattr(Watch, "look", lambda watch, code: watch.examiner.kill())
-    assert hold()["outcome"] == "ok"
+    assert hold().outcome == "ok"
 
 
 NAMES_A_THREAD = """
@@ -466,7 +507,7 @@ def test_a_proctor_whose_clock_was_held_up_finds_it_out_from_the_cpu_time(hold, 
     monkeypatch.setattr(watch, "time", slow)
     task = dataclasses.replace(TINY, time_budget=9.0)
     result = hold(task=task, begun="burnt = time.process_time() + 4", each_step="if time.process_time() > burnt: break")
-    assert result["outcome"] == "invalid" and "its clock cannot be right" in result["reason"], result
+    assert result.outcome == "invalid" and "its clock cannot be right" in result.reason, result
 
 
 KILLS = """
