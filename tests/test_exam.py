@@ -813,7 +813,7 @@ def test_a_model_that_looks_ahead_is_caught_at_the_exam(model, score):
             score(model())
 
 
-@pytest.mark.parametrize("model", [m for m in LOOKING_AHEAD if m not in (FewPositions, OnlyOnNaturalText)])
+@pytest.mark.parametrize("model", [model for model in LOOKING_AHEAD if model not in (FewPositions, OnlyOnNaturalText)])
 def test_a_model_that_looks_ahead_is_refused_before_the_clock_starts(model):
     program, tensors = sealed(model())
     with pytest.raises(prepare.Refused, match="not causal"):

@@ -33,7 +33,7 @@ FAULTS = {
 ROWS = int(os.environ.get("TORCH_STAND_IN_ROWS", "0"))  # 0: as many as there are
 RATE = 8e14  # FLOP/s
 FREE, TOTAL = 70 * 2**30, 80 * 2**30  # bytes of memory
-EXAM = any(argument.startswith("_exam") for argument in sys.orig_argv)
+EXAM = any(argument.endswith("exam/reader.py") for argument in sys.orig_argv)
 ECC = "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported\n"
 
 HOME, CPU = os.path.dirname(torch.__file__), torch.device("cpu")
