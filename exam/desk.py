@@ -1,14 +1,11 @@
 """The commands of prepare.py: prepare, --text, --check and trial."""
 
 import argparse
-import atexit
 import contextlib
 import fcntl
-import math
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 from exam import rows
@@ -16,33 +13,11 @@ from exam.check import check
 from exam.machine import answer_speed, machine_flops
 from exam.result import Result, print_summary
 from exam.sandbox import sandbox_level
+from exam.signals import hear_signals
 from exam.syscalls import PR_SET_PDEATHSIG, prctl
 from exam.text import KINDS
 from exam.trial import trial
 from prepare import DISK_FULL, PAUSE_CODE, SEED, TASK, TASKS, Pause, Trouble, get_task, words
-
-HURRY = 5.0  # seconds that a program may take to end in good order, undisturbed
-
-
-def hear_signals():
-    """Have Ctrl-C, kill and a closed terminal end the program by an exception; exit code 128 + the signal's number.
-
-    Those that follow within HURRY seconds are an owner's impatience, and count for nothing: an exception in the middle
-    of subprocess.Popen.wait() can leave its lock taken, and the program waiting for ever.
-    """
-    ended, numbers = -math.inf, [signal.SIGINT, signal.SIGTERM]  # in a script's background SIGINT would be ignored
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
-        numbers.append(signal.SIGHUP)
-
-    def end(number, _):
-        nonlocal ended
-        before, ended = ended, time.monotonic()
-        if ended - before > HURRY:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    for number in numbers:
-        signal.signal(number, end)
-        atexit.register(signal.signal, number, signal.SIG_IGN)  # from then on the exit code is fixed
 
 
 def parse_arguments():

@@ -158,6 +158,7 @@ def finish_exam(examiner, path, task, folder, beat):
             facts |= examine(path, task, folder, beat, examiner, deadline)
     except TimeoutError:
         facts |= {"outcome": "invalid", "reason": f"the exam took longer than {task.exam_limit:.0f} s"}
+        facts["eval_seconds"] = task.exam_limit
     except Refused as refusal:
         if has_gpu():  # a device that fails in mid-exam takes a model's words
             machine_now(examiner, deadline + task.exam_limit)

@@ -8,7 +8,8 @@ from pathlib import Path
 from exam.files import write_atomically
 
 COUNTED = ("ok", "invalid", "crash", "timeout")  # outcomes that are the candidate's doing
-UNCOUNTED = ("paused", "fault")  # those that are not: what may pass by itself, and what needs the owner
+# Those that are not: what may pass by itself, what needs the owner, and a proctor that has ended without a word.
+UNCOUNTED = ("paused", "fault", "lost")
 
 
 @dataclasses.dataclass

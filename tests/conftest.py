@@ -184,12 +184,8 @@ def make_repository(folder, train_py, played=None):
 
 def tiny_repository(folder):
     """A repository whose prepare.py knows the tiny task, with a train.py that learns something in no time."""
-    make_repository(folder, "quick_train.py")
     # What else this machine does must not decide the trials of a test.
-    source = (folder / "agent_loop.py").read_text()
-    assert source.count("SAME_SPEED = 0.85") == 1
-    (folder / "agent_loop.py").write_text(source.replace("SAME_SPEED = 0.85", "SAME_SPEED = 0.0"))
-    subprocess.run(["git", "commit", "-qa", "--amend", "--no-edit"], cwd=folder, check=True)
+    make_repository(folder, "quick_train.py", {"lab/verdict.py": "\n\nSAME_SPEED = 0.0\n"})
     return folder
 
 
@@ -238,6 +234,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     if speed:
         result.matmul_flops = float(speed)
         result.outcome, result.reason = END.get(end, (result.outcome, result.reason))
+        result.eval_seconds = task.exam_limit if end == "exam" else 0.0
     result.seed, result.task, result.budget = seed, task.name, task.time_budget
     result.sha256 = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
     with open(out.parents[2] / "trials", "a") as file:

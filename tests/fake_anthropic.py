@@ -251,7 +251,7 @@ def shown_source(request):
 def turn_a_constant(request, number):
     """An answer that changes one upper-case constant of the train.py shown, by a step that search would take."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from agent_loop import find_constants, set_constants, steps
+    from lab.researcher import find_constants, set_constants, steps
 
     source = shown_source(request)
     constants = find_constants(source)

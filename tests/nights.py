@@ -1,4 +1,4 @@
-"""Simulates nights to choose the keep rule: python tests/nights.py [NIGHTS]. The decisions are those of agent_loop.py.
+"""Simulates nights to choose the keep rule: python tests/nights.py [NIGHTS]. The decisions are those of lab/verdict.py.
 
 A night is 101 runs, as many as the greedy rule needs for a baseline and 100 experiments; a rule that repeats runs
 holds fewer experiments. Scores are synthetic: a run varies by SIGMA, 15 % of the ideas gain between 0.0002 and 0.01
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import agent_loop  # noqa: E402
+from lab import verdict as rules  # noqa: E402
 
 RUNS, SIGMA = 101, 0.0005
 
@@ -37,15 +37,15 @@ def night(seed, greedy):
         left -= 1
         return chance.gauss(level, SIGMA)
 
-    best = [run(level) for _ in range(1 if greedy else agent_loop.BASELINE_RUNS)]
+    best = [run(level) for _ in range(1 if greedy else rules.BASELINE_RUNS)]
     repeated = []  # scores of the commits that ran more than once; the others say nothing about the noise
     while left:
         gain, scores, verdict = true_gain(chance), [], "again"
         experiments += 1
         while verdict == "again" and left:
             scores.append(run(level - gain))
-            noise = agent_loop.GREEDY if greedy else agent_loop.pooled_noise([*repeated, best, scores])
-            verdict, _ = agent_loop.decide(scores, best, noise)
+            noise = rules.GREEDY if greedy else rules.pooled_noise([*repeated, best, scores])
+            verdict, _ = rules.decide(scores, best, noise)
         out = scores
         if verdict == "keep":
             level, kept, false = level - gain, kept + 1, false + (gain <= 0)

@@ -1,22 +1,19 @@
 """The loop, through its command line, in real repositories with real trials of a quick train.py."""
 
 import json
-import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import nights
 import psutil
 import pytest
 from conftest import ROOT
 from test_trial import processes_in
 
-import agent_loop
+from lab.book import read_book, title
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 
@@ -300,110 +297,13 @@ def test_a_torn_last_row_is_written_again_from_its_evidence(home, loop):
 def test_a_torn_last_line_is_left_out_of_the_book(tmp_path):
     path = tmp_path / "results.tsv"
     path.write_text(HEADER + "\nabc1234\t1.5\t0.1\tkeep\tbaseline\ndef5678\t1.4\t0")
-    assert [experiment.commit for experiment in agent_loop.read_book(path)] == ["abc1234"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The keep rule and the search
-
-
-def test_sigma_is_pooled_over_the_repeats_of_each_commit():
-    assert agent_loop.pooled_noise([[1.0, 3.0], [10.0], [], [5.0, 5.0, 5.0]]) == (pytest.approx(math.sqrt(2 / 3)), 3)
-    assert math.isnan(agent_loop.pooled_noise([[1.0], [2.0]])[0])
-
-
-def test_one_useless_change_in_ten_looks_ninety_percent_better_at_first():
-    chance, lucky = random.Random(0), 0
-    for _ in range(10_000):
-        candidate, *best = (chance.gauss(1, 0.01) for _ in range(4))
-        noise = agent_loop.pooled_noise([best])
-        lucky += agent_loop.probability_better([candidate], best, noise) >= 0.9
-    assert lucky / 10_000 == pytest.approx(0.1, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    "t, freedom, share",  # from printed tables
-    [(6.314, 1, 0.95), (1.886, 2, 0.90), (4.541, 3, 0.99), (2.015, 5, 0.95), (2.764, 10, 0.99), (-1.310, 30, 0.10)],
-)
-def test_students_distribution_agrees_with_the_tables(t, freedom, share):
-    assert agent_loop.student_cdf(t, freedom) == pytest.approx(share, abs=1e-4)
-
-
-def test_a_clear_gain_is_kept_a_loss_is_discarded_and_a_doubtful_one_is_run_again():
-    best, noise = [1.0, 1.0, 1.0], (0.01, 2)
-    assert agent_loop.decide([0.9], best, noise)[0] == "keep"
-    assert agent_loop.decide([1.001], best, noise)[0] == "discard"
-    assert agent_loop.decide([0.985], best, noise)[0] == "again"
-    assert agent_loop.decide([0.995] * 3, best, noise)[0] == "discard"
-    assert agent_loop.decide([0.9999], best, agent_loop.GREEDY)[0] == "keep"
-
-
-def test_in_simulated_nights_the_rule_keeps_four_times_less_noise_and_nine_tenths_of_the_gain():
-    (_, gain, _, false, _), (_, our_gain, _, our_false, _) = nights.table(300)
-    assert our_false < false / 4 and our_gain > 0.9 * gain
-
-
-SOURCE = 'A_LR = 0.04  # ä\nSTEPS = 1024\nBETA = .95\nWAYS = "x"\nlower = 3\nSPLIT = (1, 2)\nC = 3 * 4\nCOUNT = 1_0\n'
-
-
-def test_the_search_finds_numbers_and_changes_only_their_text():
-    assert agent_loop.find_constants(SOURCE) == {"A_LR": "0.04", "STEPS": "1024", "COUNT": "1_0"}
-    changed = agent_loop.set_constants(SOURCE, {"A_LR": "0.08", "COUNT": "3"})
-    assert changed == SOURCE.replace("0.04", "0.08").replace("COUNT = 1_0", "COUNT = 3")
-
-
-def test_steps_are_sensible_for_the_kind_of_number():
-    assert agent_loop.steps("1024") == ["512", "2048", "717", "1434"]
-    assert agent_loop.steps("1") == ["2"]
-    assert agent_loop.steps("3") == ["1", "6", "2", "4"]
-    assert agent_loop.steps("0.95") == ["0.975", "0.9", "0.965", "0.93"]
-    assert agent_loop.steps("4e-2") == ["0.02", "0.08", "0.028", "0.056"]
-    assert agent_loop.steps("0") == agent_loop.steps("0.0") == []
-
-
-def test_a_number_that_is_none_or_too_large_has_no_steps_and_does_not_end_the_search(monkeypatch):
-    for text in ("007", "1e999", "9" * 400, "9" * 5000):
-        assert agent_loop.steps(text) == []
-    monkeypatch.setattr(sys.modules[__name__], "SOURCE", f'"""\nX = 007\n"""\nBIG = {"9" * 400}\n{SOURCE}')
-    assert agent_loop.Search().draft(Lab("A_LR 1__0 -> 2")).description
-
-
-class Lab:
-    """What the search asks of a lab."""
-
-    tag, text = "t", agent_loop.Lab.text
-
-    def __init__(self, description="baseline"):
-        self.best = agent_loop.Experiment("abc", 1.0, 0.0, "keep", description)
-        self.experiments, self.seen = [self.best], []
-
-    def source(self, commit):
-        return SOURCE.encode()
-
-    def has_tried(self, source):
-        return source in self.seen
-
-
-def test_the_search_never_repeats_itself_and_says_when_it_has_nothing_left():
-    lab = Lab()
-    for _ in range(30):
-        draft = agent_loop.Search().draft(lab)
-        assert not lab.has_tried(draft.source.encode()) and draft.source != SOURCE and " -> " in draft.description
-        lab.seen.append(draft.source.encode())
-    lab.has_tried = lambda source: True
-    with pytest.raises(agent_loop.Trouble, match="tried every step"):
-        agent_loop.Search().draft(lab)
-
-
-def test_the_search_goes_one_step_further_after_a_kept_change():
-    draft = agent_loop.Search().draft(Lab("A_LR 0.02 -> 0.04"))
-    assert draft.description == "A_LR 0.04 -> 0.08"
+    assert [experiment.commit for experiment in read_book(path)] == ["abc1234"]
 
 
 def test_descriptions_are_one_line_without_control_characters():
-    assert agent_loop.one_line("a\tb\nc\x1b[2Jd  e") == "a b c [2Jd e"
-    assert len(agent_loop.one_line("x" * 999)) == 200
-    assert agent_loop.one_line("\n") == "no description"
+    assert title("a\tb\nc\x1b[2Jd  e") == "a b c [2Jd e"
+    assert len(title("x" * 999)) == 200
+    assert title("\n") == "no description"
 
 
 def test_every_program_explains_itself_within_a_screen(run):

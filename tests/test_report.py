@@ -1,7 +1,6 @@
 """What the owner sees: the live view, the news, the report and its picture, all through the command line."""
 
 import fcntl
-import io
 import json
 import os
 import pty
@@ -16,10 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, tiny_repository
 from fake_anthropic import FakeAnthropic, edit
-from rich.console import Console
 from test_loop import HEADER, refused
 
-import agent_loop
+from lab.news import News
 
 COMMAND = [sys.executable, "agent_loop.py"]
 QUICK = ["--task", "tiny", "--tag", "t", "--greedy", "--max-experiments", "2"]
@@ -118,9 +116,9 @@ def test_the_news_are_a_new_best_and_the_end_without_paths_or_keys(night):
 
 
 def test_news_do_not_wait_for_a_server_that_hangs_and_tell_no_secrets():
-    mailbox, console = Mailbox(), Console(file=io.StringIO(), width=200)
+    mailbox, said = Mailbox(), []
     mailbox.hangs.set()
-    news = agent_loop.News(mailbox.url, console)
+    news = News(mailbox.url, lambda text, style: said.append(text))
     news.SECONDS = 0.3
     news.send(
         "stopped", "/home/me/runs/t was scored by (/etc/x); the key sk-ant-api03-abcdefghijklmnop is bad, 1/8 too"
@@ -129,7 +127,7 @@ def test_news_do_not_wait_for_a_server_that_hangs_and_tell_no_secrets():
     news.close()
     for thread in news.threads:
         thread.join()
-    assert console.file.getvalue().count("does not work") == 1 and "4711" not in console.file.getvalue()
+    assert len(said) == 1 and "does not work" in said[0] and "4711" not in said[0]
     assert {letter["text"] for letter in mailbox.letters} == {
         "stopped: ... was scored by (...); the key ... is bad, 1/8 too",
         "stopped: again",
@@ -204,7 +202,10 @@ e05a87d\t0.000000\t0.0\tcrash\tbatch 131K ({"a long story " * 20})
         (None, ["has no results yet"]),
         (HEADER + "\n", ["has no results yet"]),
         (f"{HEADER}\ne05a87d\t0.000000\t0.0\tcrash\tbaseline\n", ["nothing was kept"]),
-        (UPSTREAM, ["baseline 0.997900 -> best 0.986041", "$\\frac{$ [red]", "warmup", "-0.003438 add 5% warmup"]),
+        (
+            UPSTREAM,
+            ["baseline 0.997900 -> best 0.986041", "$\\frac{$ [red]", "miss", "+0.003438  add 5% warmup"],
+        ),
     ],
 )
 def test_books_that_no_tag_owns_are_told_too(book, parts, repository):
@@ -217,22 +218,3 @@ def test_books_that_no_tag_owns_are_told_too(book, parts, repository):
     assert (repository / "progress.png").exists() == (book == UPSTREAM)
     assert len(json.loads(data.stdout)["rows"]) == max(0, (book or "").count("\n") - 1)
     refused(report(repository, "--diff"), "no commit of this repository" if book == UPSTREAM else "no results yet")
-
-
-def test_discards_are_grouped_by_the_words_that_they_share():
-    def row(val_bpb, status, description):
-        return agent_loop.Experiment("abc1234", val_bpb, 0.0, status, description)
-
-    groups = agent_loop.themes(
-        [
-            row(1.0, "keep", "baseline"),
-            row(1.3, "discard", "raise the matrix LR to 0.05"),
-            row(1.1, "discard", "MATRIX_LR 0.04 -> 0.03"),
-            row(0.9, "keep", "embedding LR 0.6 to 0.8"),
-            row(0.95, "discard", "embedding lr 0.8 to 1.0 (matrix norm)"),
-            row(1.5, "discard", "GELU"),
-            row(0.0, "crash", "matrix LR 7"),
-        ]
-    )
-    assert [(g["theme"], g["discarded"], g["kept"]) for g in groups] == [("lr", 3, 1), ("others", 1, 0)]
-    assert groups[0]["change"] == pytest.approx(0.1) and groups[0]["nearest"]["change"] == pytest.approx(0.05)

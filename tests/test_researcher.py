@@ -1,6 +1,7 @@
 """The llm researcher: the real SDK against a scripted server, alone and in the real loop."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -29,49 +30,56 @@ from fake_anthropic import (
 )
 from test_loop import book
 
-import agent_loop
-from agent_loop import Experiment, Trouble, apply_proposal, merge, nearest
+import prepare
+from lab import api, model, prompt
+from lab.answer import apply_proposal, merge, nearest
+from lab.book import Experiment, title
+from lab.findings import json_lines
+from lab.model import Conversation, Model
+from lab.researcher import Brief, Enough, Failure, digest
+from prepare import Trouble
 
 SOURCE = (ROOT / "tests" / "quick_train.py").read_text()
 GOOD = edit("LR = 0.001", "LR = 0.01", "ten times the rate")
 CHANGED = SOURCE.replace("LR = 0.001", "LR = 0.01")
 
 
-class Lab:
-    """What a researcher asks of a lab, without trials."""
+BRIEF = Brief(
+    tag="t",
+    task=prepare.TASKS["demo"],
+    source=SOURCE,
+    experiments=(Experiment("abc1234", 1.0, 0.1, "keep", "baseline"),),
+    sigma=0.001,
+    facts="device CPU, steps 100",
+    tried=frozenset([digest(SOURCE.encode())]),
+    sources={"abc1234": SOURCE},
+)
 
-    tag, task, meta = "t", agent_loop.prepare.TASKS["demo"], {"start": "abc1234"}
 
-    def __init__(self, folder):
-        self.folder, self.said, self.sources, self.why = folder, [], {"abc1234": SOURCE}, {}
-        self.experiments = [Experiment("abc1234", 1.0, 0.1, "keep", "baseline", [1.0, 1.001, 0.999])]
-        self.repository = types.SimpleNamespace(reasons=lambda tag: self.why)
-
-    best, text = agent_loop.Lab.best, agent_loop.Lab.text
-
-    def source(self, commit):
-        return self.sources[commit].encode()
-
-    def has_tried(self, source):
-        return source.decode() in self.sources.values()
-
-    def result(self, commit, run):
-        return {"outcome": "ok", "steps": 100, "device": "CPU"}
-
-    def failure(self, commit, room):
-        return f"{commit}: crash: out of luck\n" + "x" * room
-
-    def say(self, text, style=""):
-        self.said.append(text)
+def after(brief, commit, source, status="keep", val_bpb=0.9, description=""):
+    """`brief` with one more experiment."""
+    experiment = Experiment(commit, val_bpb, 0.1, status, description or commit)
+    brief = dataclasses.replace(
+        brief, experiments=(*brief.experiments, experiment), tried=brief.tried | {digest(source.encode())}
+    )
+    if status == "keep":
+        brief = dataclasses.replace(brief, source=source, sources=brief.sources | {commit: source})
+    return brief
 
 
 @pytest.fixture
-def lab(tmp_path):
-    return Lab(tmp_path)
+def said():
+    """What the researcher has told the owner."""
+    return []
 
 
 @pytest.fixture
-def ask(lab, monkeypatch):
+def costs(tmp_path):
+    return tmp_path / "cost.jsonl"
+
+
+@pytest.fixture
+def ask(said, costs, monkeypatch):
     """ask(*script, **arguments): (server, researcher), the latter at the former's door."""
     servers = []
 
@@ -80,10 +88,11 @@ def ask(lab, monkeypatch):
         for name, value in servers[-1].environment().items():
             monkeypatch.setenv(name, value)
         arguments = argparse.Namespace(model=model, fallback_model=fallback_model, effort="medium", max_cost=max_cost)
-        return servers[-1], agent_loop.Model(arguments)
+        return servers[-1], Model(arguments, costs, lambda text, style="": said.append(text))
 
-    monkeypatch.setattr(agent_loop, "waiting_time", lambda failures: 0.01)
-    monkeypatch.setattr(agent_loop, "LONGEST_RETRY_AFTER", 0.1)
+    monkeypatch.setattr(api, "waiting_time", lambda failures: 0.01)
+    monkeypatch.setattr(model, "waiting_time", lambda failures: 0.01)
+    monkeypatch.setattr(api, "LONGEST_RETRY_AFTER", 0.1)
     yield ask
     for server in servers:
         server.close()
@@ -93,8 +102,8 @@ def charged(server):
     """Dollars for the usage that a server has reported."""
     return sum(
         usage[field] * price / 1e6
-        for model, usage in server.usage
-        for field, price in zip(agent_loop.TOKENS.values(), agent_loop.prices(model))
+        for asked, usage in server.usage
+        for field, price in zip(api.TOKENS.values(), api.prices(asked))
     )
 
 
@@ -157,7 +166,7 @@ def test_a_night_of_twenty_experiments_goes_through_every_fault_and_costs_what_t
     assert "asking again when a draft is due" in ended.stdout
     # Every idea was tried, or its end was announced.
     for idea in night.ideas:
-        told = agent_loop.one_line(idea)
+        told = title(idea)
         tried = [row for row in rows if row[4].removeprefix("repair: ") == told]
         assert len(tried) == 1 or not tried and "a draft is dropped" in ended.stdout
         if tried and int(idea.split()[1]) in CRASHING:
@@ -169,12 +178,14 @@ def test_a_night_of_twenty_experiments_goes_through_every_fault_and_costs_what_t
     repairs = [r["messages"] for r in server.requests if "What it printed last:" in str(r["messages"][1:])]
     assert "RuntimeError: crashing as asked" in str(repairs[0][-1])
 
-    lines = agent_loop.json_lines(stage / "runs/t/cost.jsonl")
+    lines = json_lines(stage / "runs/t/cost.jsonl")
     assert sum(line["usd"] for line in lines) == pytest.approx(charged(server), abs=1e-6) and charged(server) > 0
     said = json.loads(run(*COMMAND[:2], "report", "--json", cwd=stage).stdout)
     assert said["cost"]["usd"] == pytest.approx(charged(server), abs=1e-6)
     message = run("git", "log", "-1", "--format=%B", rows[1][0], cwd=stage).stdout
-    assert re.fullmatch(r"idea 0 \[2J\n\nIt should help.\n\nModel: claude-opus-5-5\nProgram: \w{12}\n*", message)
+    assert re.fullmatch(
+        r"idea 0 \[2J\n\nIt should help.\n\nResearcher: llm\nModel: claude-opus-5-5\nProgram: \w{12}\n*", message
+    )
 
 
 def test_a_refused_key_ends_the_run_with_the_reason_and_the_same_command_carries_on(repository, run):
@@ -251,12 +262,12 @@ def test_a_key_that_is_refused_ends_the_start_before_any_trial(repository, run):
         [text("x" * 2**21)],
     ],
 )
-def test_a_fault_costs_a_request_and_no_draft(faults, ask, lab):
+def test_a_fault_costs_a_request_and_no_draft(faults, ask):
     server, researcher = ask(*faults, GOOD)
-    draft = researcher.draft(lab)
+    draft = researcher.draft(BRIEF)
     assert draft.source == CHANGED and draft.description == "ten times the rate"
     assert len(server.requests) == len(faults) + 1
-    if "garbled" not in str(lab.said):  # how much of such an answer goes out before the client hangs up is chance
+    if "garbled" not in str(said):  # how much of such an answer goes out before the client hangs up is chance
         assert researcher.spent == pytest.approx(charged(server))
 
 
@@ -264,45 +275,46 @@ def test_a_fault_costs_a_request_and_no_draft(faults, ask, lab):
     "fault",
     [error(400), error(401), error(402), error(403), error(404), error(413), spend_limit(), broken_by("billing_error")],
 )
-def test_an_error_that_waiting_does_not_mend_ends_the_run(fault, ask, lab):
+def test_an_error_that_waiting_does_not_mend_ends_the_run(fault, ask):
     server, researcher = ask(fault, GOOD)
     with pytest.raises(Trouble, match="the API refuses to go on"):
-        researcher.draft(lab)
+        researcher.draft(BRIEF)
     assert len(server.requests) == 1
 
 
-def test_a_server_that_hangs_or_is_not_there_is_outlasted(ask, lab, monkeypatch):
-    monkeypatch.setattr(agent_loop, "SILENCE", 0.3)
+def test_a_server_that_hangs_or_is_not_there_is_outlasted(ask, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "SILENCE", 0.3)
     server, researcher = ask(GOOD | {"delay": 2}, GOOD)
-    assert researcher.draft(lab).source == CHANGED and len(server.requests) == 2
+    assert researcher.draft(BRIEF).source == CHANGED and len(server.requests) == 2
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
-    away = agent_loop.Model(argparse.Namespace(model="claude-x", fallback_model=None, effort="low", max_cost=None))
-    away.think_ahead(lab, "abc1234 something")
-    while sum("no connection" in line for line in lab.said) < 3:
+    arguments = argparse.Namespace(model="claude-x", fallback_model=None, effort="low", max_cost=None)
+    away = Model(arguments, tmp_path / "costs", lambda text, style="": said.append(text))
+    away.think_ahead(BRIEF)
+    while sum("no connection" in line for line in said) < 3:
         time.sleep(0.01)
-    monkeypatch.setattr(agent_loop, "waiting_time", lambda failures: 3600.0)  # so that its thread comes to rest
+    monkeypatch.setattr(api, "waiting_time", lambda failures: 3600.0)  # so that its thread comes to rest
 
 
-def test_after_two_unusable_answers_the_fallback_is_asked(ask, lab):
+def test_after_two_unusable_answers_the_fallback_is_asked(ask):
     server, researcher = ask(refusal(), refusal(), GOOD)
-    assert "Model: claude-sonnet-5-5" in researcher.draft(lab).origin
+    assert researcher.draft(BRIEF).origin["Model"] == "claude-sonnet-5-5"
     assert [request["model"][7:11] for request in server.requests] == ["opus", "opus", "sonn"]
 
 
-def test_an_edit_is_repaired_twice_in_its_conversation_and_then_begun_anew(ask, lab):
+def test_an_edit_is_repaired_twice_in_its_conversation_and_then_begun_anew(ask):
     server, researcher = ask(edit("nowhere", ""), edit("LR", "RL"), edit("LR = 0.001", "LR ="), GOOD)
-    researcher.draft(lab)
+    researcher.draft(BRIEF)
     assert [len(request["messages"]) for request in server.requests] == [1, 3, 5, 1]
     complaint = server.requests[1]["messages"][2]["content"][0]
     assert complaint["type"] == "tool_result" and "does not occur" in complaint["content"]
     assert server.requests[1]["messages"][1]["content"][0]["signature"]  # thinking goes back as it came
 
 
-def test_max_cost_is_never_exceeded_and_ends_the_loop_in_good_order(ask, lab):
+def test_max_cost_is_never_exceeded_and_ends_the_loop_in_good_order(ask):
     _, researcher = ask(turn_a_constant, max_cost=0.8)
-    with pytest.raises(agent_loop.Enough, match="--max-cost 0.8"):
+    with pytest.raises(Enough, match="--max-cost 0.8"):
         for _ in range(1000):
-            researcher.draft(lab)
+            researcher.draft(BRIEF)
     assert 0.05 < researcher.spent <= 0.8
     with pytest.raises(Trouble, match="--max-cost needs a price"):
         ask(GOOD, model="qwen", max_cost=1.0)
@@ -330,23 +342,23 @@ def blocks(content):
 
 
 @pytest.fixture
-def converse(ask, lab):
+def converse(ask):
     """converse(contents): the draft that answers of these blocks lead to, the conversation, how many were asked for."""
     _, researcher = ask(GOOD)
 
     def converse(contents):
         answers, asked = iter(contents), itertools.count()
-        conversation = agent_loop.Conversation({"messages": [{"role": "user", "content": "?"}]}, SOURCE, "Model: m")
+        conversation = Conversation({"messages": [{"role": "user", "content": "?"}]}, SOURCE, {"Model": "m"})
 
-        def answer(lab, request):
+        def answer(request):
             next(asked)
             json.dumps(request["messages"], ensure_ascii=False, allow_nan=False).encode()  # as the SDK does
             return types.SimpleNamespace(stop_reason="end_turn", content=blocks(next(answers)))
 
-        researcher.ask = answer
+        researcher.api.ask = answer
         try:
-            draft = researcher.converse(lab, conversation)
-        except agent_loop.Unusable:
+            draft = researcher.converse(conversation, BRIEF.tried)
+        except api.Unusable:
             draft = None
         return draft, conversation, next(asked)
 
@@ -402,7 +414,7 @@ WORDS = [
         "description: ",
         "Hypothesis:",
     ),
-    *("</PROGRAM_OUTPUT>", f"</{agent_loop.MARK}>", agent_loop.MARK.upper(), "x" * 3000, "if x:\n", "\n  y\n", "'''"),
+    *("</PROGRAM_OUTPUT>", f"</{prompt.MARK}>", prompt.MARK.upper(), "x" * 3000, "if x:\n", "\n  y\n", "'''"),
 ]
 
 
@@ -479,7 +491,7 @@ def test_the_night_goes_on_after_answers_that_are_no_text_or_too_deep_and_a_mess
     assert [row[4][:8] for row in book(stage)] == ["baseline", "branches", "-F x Mod"]
     message = run("git", "log", "-1", "--format=%B", book(stage)[2][0], cwd=stage).stdout.strip().split("\n\n")
     assert message[1] == "-F x Model: forged Program: none" and message[2].startswith(
-        "Model: claude-opus-5-5\nProgram: "
+        "Researcher: llm\nModel: claude-opus-5-5\nProgram: "
     )
     assert len(message) == 3 and len(message[0]) <= 200
 
@@ -552,9 +564,9 @@ def test_what_candidates_and_models_have_said_reaches_the_model_as_data_alone(st
 # Local models
 
 
-def test_claude_gets_thinking_and_a_cache_and_a_local_model_neither(ask, lab):
+def test_claude_gets_thinking_and_a_cache_and_a_local_model_neither(ask, costs):
     server, researcher = ask(GOOD)
-    researcher.draft(lab)
+    researcher.draft(BRIEF)
     request = server.requests[0]
     assert request["thinking"] == {"type": "adaptive"} and request["output_config"] == {"effort": "medium"}
     assert [("cache_control" in block) for block in request["system"]] == [False, False, False, True]
@@ -563,12 +575,12 @@ def test_claude_gets_thinking_and_a_cache_and_a_local_model_neither(ask, lab):
 
     whole = text(f"description: all of it\nHypothesis: why not\n```python\n{CHANGED}```\nDone.")
     server, researcher = ask(whole, model="qwen3-coder:30b")
-    draft = researcher.draft(lab)
+    draft = researcher.draft(BRIEF)
     assert (draft.source, draft.description, draft.hypothesis) == (CHANGED, "all of it", "why not")
     request = server.requests[0]
     assert not {"thinking", "output_config", "tool_choice"} & set(request) and isinstance(request["system"], str)
     assert "cache_control" not in json.dumps(request) and "SEARCH" in request["system"]
-    assert researcher.spent == 0 and agent_loop.json_lines(lab.folder / "cost.jsonl")[-1]["output"] > 0
+    assert researcher.spent == 0 and json_lines(costs)[-1]["output"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,37 +604,31 @@ def test_edits_are_applied_all_or_none_and_a_miss_shows_the_nearest_lines():
     assert nearest("WIDTH = 23", SOURCE).count("\n") == 4
 
 
-def test_a_draft_is_merged_onto_a_better_train_py_and_a_conflict_costs_a_new_draft(ask, lab):
+def test_a_draft_is_merged_onto_a_better_train_py_and_a_conflict_costs_a_new_draft(ask, said):
     server, researcher = ask(GOOD, edit("ROWS = 16", "ROWS = 8"), edit("WIDTH = 32", "WIDTH = 64"))
-
-    def better(commit, source):
-        lab.sources[commit] = source
-        lab.experiments.append(Experiment(commit, lab.best.val_bpb - 0.1, 0.1, "keep", commit))
-
-    researcher.think_ahead(lab, "f00 something")
+    researcher.think_ahead(dataclasses.replace(BRIEF, running="f00 something"))
     researcher.writing.result()
-    better("def5678", SOURCE.replace("WIDTH = 32", "WIDTH = 32.0"))  # the very next line
-    assert researcher.draft(lab).source == CHANGED.replace("WIDTH = 32", "WIDTH = 32.0")
+    better = after(BRIEF, "def5678", SOURCE.replace("WIDTH = 32", "WIDTH = 32.0"))  # the very next line
+    assert researcher.draft(better).source == CHANGED.replace("WIDTH = 32", "WIDTH = 32.0")
     assert "f00 something" in server.requests[0]["messages"][0]["content"][0]["text"]
-    researcher.think_ahead(lab, "f01 something")
+    researcher.think_ahead(better)
     researcher.writing.result()
-    better("aaa1111", SOURCE.replace("ROWS = 16", "ROWS = 99"))
-    assert "WIDTH = 64" in researcher.draft(lab).source and any("conflicts" in line for line in lab.said)
+    better = after(better, "aaa1111", SOURCE.replace("ROWS = 16", "ROWS = 99"))
+    assert "WIDTH = 64" in researcher.draft(better).source and any("conflicts" in line for line in said)
     base = [f"{number}\n" for number in range(9)]
     ours, theirs = "".join(["x\n", *base[1:]]), "".join([*base[:-1], "y\n"])
     assert merge(ours, "".join(base), theirs) == "".join(["x\n", *base[1:-1], "y\n"])
     assert merge("a\r\n", "a\r\n", "b\r\n") == "b\r\n"
 
 
-def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask, lab):
+def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask):
     server, researcher = ask(*[edit("CRASH = 0", f"CRASH = {n}", f"try {n}") for n in range(1, 5)])
-    described = []
+    described, brief = [], BRIEF
     for number in range(4):
-        draft = researcher.draft(lab)
+        draft = researcher.draft(brief)
         described.append(draft.description)
-        lab.sources[f"crash{number}"] = draft.source
-        lab.experiments.append(Experiment(f"crash{number}", 0.0, 0.0, "crash", draft.description))
-        researcher.crashed(lab, f"crash{number}")
+        brief = after(brief, f"crash{number}", draft.source, "crash")
+        researcher.failed(draft, Failure(f"crash{number}", "crash: out of luck"))
     assert described == ["try 1", "repair: try 2", "repair: try 3", "try 4"]
     assert [len(request["messages"]) for request in server.requests] == [1, 3, 5, 1]
 
@@ -631,50 +637,56 @@ def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask, lab):
 # What the model is told
 
 
-def fill(lab, count, source):
-    """Give `lab` a realistic past of `count` experiments on `source`: one in eight is kept, one in fifteen crashes."""
-    lab.sources = {"abc1234": source}
+def filled(count, source):
+    """A brief with a past of `count` experiments on `source`: one in eight is kept, one in fifteen crashes."""
+    sources, experiments, why, failures = {"abc1234": source}, list(BRIEF.experiments), {}, []
     for number in range(1, count):
         status = "keep" if number % 8 == 0 else "crash" if number % 15 == 0 else "discard"
-        commit, best = f"{number:07x}", lab.sources[lab.best.commit]
-        lab.sources[commit] = re.sub(r"\n(X\d+ = \d+\n)?import", f"\nX{number} = {number}\nimport", best, count=1)
+        commit = f"{number:07x}"
+        if status == "keep":
+            new = f"\nX{number} = {number}\nimport"
+            source = sources[commit] = re.sub(r"\n(X\d+ = \d+\n)?import", new, source, count=1)
+        if status == "crash":
+            failures.append(Failure(commit, "crash: out of luck", "x" * 3000))
         words = f"Number {number}: raise the rate of the embeddings by {number / 1000:.3f} and decay it earlier"
-        lab.experiments.append(Experiment(commit, 1 - number * 1e-5, 0.1, status, words, [1.0]))
-        lab.why[commit] = (
-            f"Because {number} steps are too few for the embeddings to settle, the rate is what limits them."
-        )
+        experiments.append(Experiment(commit, 1 - number * 1e-5, 0.1, status, words))
+        why[commit] = f"Because {number} steps are too few for the embeddings to settle, the rate is what limits them."
+    return dataclasses.replace(
+        BRIEF,
+        source=source,
+        experiments=tuple(experiments),
+        sources=dict(list(sources.items())[-20:]),
+        hypotheses=why,
+        failures=tuple(failures[-3:]),
+    )
 
 
 def test_the_prompt_at_the_thousandth_experiment_is_that_of_the_fiftieth(ask, tmp_path):
     sizes = {}
     for count in (50, 1000):
-        lab = Lab(tmp_path)
-        fill(lab, count, (ROOT / "train.py").read_text())
         server, researcher = ask(edit("\nimport", "\nY = 1\nimport"), edit("import torch\n", "import torch\n\nY = 1\n"))
-        researcher.draft(lab)
+        researcher.draft(filled(count, (ROOT / "train.py").read_text()))
         request = server.requests[0]
         sizes[count] = len(json.dumps([request["system"], request["messages"], request["tools"]]))
     print(sizes)
     assert sizes[1000] <= 1.1 * sizes[50]
 
 
-def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failures(lab):
-    fill(lab, 8, SOURCE)
-    told = agent_loop.history(lab, lab.experiments, "f00 something")
+def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failures():
+    told = prompt.history(dataclasses.replace(filled(8, SOURCE), running="f00 something"))
     assert "0000007 discard 0.999930 +0.000070 Number 7" in told and "one run is 0.001000" in told
-    assert "Running right now, its result is not known yet:\n" + agent_loop.quoted("f00 something") in told
+    assert "Running right now, its result is not known yet:\n" + prompt.quoted("f00 something") in told
     assert "The last 7 experiments brought nothing" in told
-    fill(lab, 9, SOURCE)
-    assert "brought nothing" not in agent_loop.history(lab, lab.experiments, None)
-    assert "+X8 = 8" in agent_loop.history(lab, lab.experiments, None)
+    told = prompt.history(filled(9, SOURCE))
+    assert "brought nothing" not in told and "+X8 = 8" in told
 
 
-def test_the_programme_is_read_for_every_draft_and_the_interface_from_prepare_py(ask, lab, monkeypatch, tmp_path):
-    monkeypatch.setattr(agent_loop, "HERE", tmp_path)
+def test_the_programme_is_read_for_every_draft_and_the_interface_from_prepare_py(ask, monkeypatch, tmp_path):
+    monkeypatch.setattr(prompt, "ROOT", tmp_path)
     server, researcher = ask(GOOD, edit("LR = 0.001", "LR = 0.1"))
-    first = researcher.draft(lab)  # there is none
+    first = researcher.draft(BRIEF)  # there is none
     (tmp_path / "program.md").write_text("Look at the embeddings.\n")
-    second = researcher.draft(lab)
-    assert first.origin != second.origin and re.search(r"Program: [0-9a-f]{12}$", second.origin)
+    second = researcher.draft(BRIEF)
+    assert first.origin != second.origin and re.fullmatch(r"[0-9a-f]{12}", second.origin["Program"])
     assert "Look at the embeddings." in server.requests[1]["system"][1]["text"]
     assert "submit(self, model)" in server.requests[0]["system"][2]["text"]

@@ -1,0 +1,20 @@
+"""What agent_loop.py stands on, a room for each subject.
+
+No import runs back up this list, and none leads from here to agent_loop.py:
+
+  book        Experiment, results.tsv
+  verdict     noise, which runs compare, better or not, run again or not: pure functions
+  repository  git
+  researcher  Draft, Brief, Researcher; the built-in search
+  prompt      what a model is told
+  answer      what a model answers
+  api         one request to a model and its whole answer: failures, money
+  model       a language model as a researcher
+  tag         one tag: branch, candidates, evidence, best, record, settle
+  launch      hold one trial: request -> Result
+  measure     the runs of one candidate, and whose fault a failure is
+  findings    what a tag has found, in numbers
+  report      the morning
+  view        the night on a terminal
+  news        the night on a phone
+"""

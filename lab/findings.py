@@ -1,0 +1,161 @@
+"""What a tag has found so far, in numbers: for the live view, the report, its JSON and its picture. Only reads."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+
+from exam.result import Result
+from lab.api import TOKENS
+from lab.book import Experiment, best_of, changes
+from lab.tag import Tag
+from lab.verdict import comparable, noise, probability_better
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """An experiment with the gain over the best before it, in bits per byte; positive is better."""
+
+    commit: str
+    val_bpb: float
+    gain: float
+    description: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """From the book and the scores of its runs; None for what is not known."""
+
+    tag: str
+    task: str | None
+    budget: float | None
+    rows: tuple[Experiment, ...]
+    kept: tuple[Change, ...] = ()
+    discarded: tuple[Change, ...] = ()
+    baseline: Experiment | None = None
+    best: Experiment | None = None
+    gain: float | None = None
+    gain_percent: float | None = None
+    sigma: float | None = None  # standard deviation of one run
+    confidence: float | None = None  # probability that the best is better than the baseline
+
+    @property
+    def experiments(self) -> int:
+        """How many there were besides the baseline."""
+        return max(0, len(self.rows) - 1)
+
+    def count(self, status: str) -> int:
+        """How many experiments besides the baseline ended so."""
+        return sum(e.status == status for e in self.rows[1:])
+
+    @property
+    def headline(self) -> str:
+        """The tag and what has become of its experiments, in words."""
+        task = f" ({self.task}, {self.budget:g} s)" if self.task else ""
+        counts = f"{self.count('keep')} kept, {self.count('discard')} discarded, {self.count('crash')} crashed"
+        return f"{self.tag}{task}, {self.experiments} experiments: {counts}"
+
+    @property
+    def gain_in_words(self) -> str:
+        """From the baseline to the best."""
+        scores = f"baseline {self.baseline.val_bpb:.6f} -> best {self.best.val_bpb:.6f}"
+        return f"val_bpb: {scores}, {self.gain:.6f} ({self.gain_percent:.2f}%) lower"
+
+
+def find(tag: Tag) -> Findings:
+    """What the tag has found, by what it has read from disk."""
+    rows, known = tuple(tag.experiments), tag.settings
+    changed = [
+        (e, Change(e.commit, e.val_bpb, -change, e.description)) for e, change in changes(rows) if change is not None
+    ]
+    found = Findings(
+        tag.name if known else "results.tsv",
+        known.get("task"),
+        known.get("budget"),
+        rows,
+        tuple(change for e, change in changed if e.status == "keep"),
+        tuple(change for e, change in changed if e.status == "discard"),
+    )
+    best = best_of(rows)
+    if not best:
+        return found
+    first = next(e for e in rows if e.status == "keep")
+    gain, varies, confidence = first.val_bpb - best.val_bpb, noise(rows), None
+    if varies[0] > 0 and best is not first:
+        scores, others = comparable(best, first)
+        confidence = probability_better(scores, others, varies) if others else None
+    percent = 100 * gain / first.val_bpb if first.val_bpb else 0.0
+    sigma = varies[0] if varies[0] > 0 else None
+    known = {"baseline": first, "best": best, "gain": gain, "gain_percent": percent}
+    return dataclasses.replace(found, **known, sigma=sigma, confidence=confidence)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What takes a look at every run
+
+
+def time_spent(tag: Tag) -> dict[str, float]:
+    """Where the tag's time went, {phase: seconds}, from the result.json of all its runs; {} without any.
+
+    A trial ends when its result is written. Between two trials the loop waits for a draft, or does not run at all.
+    """
+    spent, spans = collections.Counter(), []
+    for path in tag.folder.glob("*/*/result.json"):
+        result = Result.read(path)
+        if result and result.counted:
+            parts = [result.training_seconds, result.startup_seconds, result.eval_seconds]
+            spent.update(dict(zip(("training", "start-up", "exam"), parts)))
+            spent["rest of the trial"] += max(0.0, result.total_seconds - sum(parts))
+            end = path.stat().st_mtime
+            spans.append((end - result.total_seconds, end))
+    spans.sort()
+    if spans:
+        spent["between trials"] = sum(max(0.0, then[0] - end[1]) for end, then in itertools.pairwise(spans))
+    return {phase: round(seconds, 1) for phase, seconds in spent.items()}
+
+
+def cost(tag: Tag) -> dict[str, float]:
+    """What the model has cost: requests, tokens of each kind, usd."""
+    requests = json_lines(tag.folder / "cost.jsonl")
+    sums = {key: round(sum(request.get(key, 0) for request in requests), 6) for key in (*TOKENS, "usd")}
+    return {"requests": len(requests)} | sums
+
+
+def json_lines(path: Path, room=2**30) -> list:
+    """What the whole lines in the last `room` bytes of a file say; [] where there is none."""
+    values = []
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - room))
+        for line in file.read().splitlines():
+            with contextlib.suppress(ValueError):
+                values.append(json.loads(line))
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss curves
+
+
+def read_curve(path: Path, room=2**30) -> list[tuple[float, float]]:
+    """[(seconds, loss)] from the last `room` bytes of a metrics.jsonl; [] where there is none."""
+    curve = []
+    for values in json_lines(path, room):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # train.py logs what it likes
+            point = float(values["seconds"]), float(values["loss"])
+            if all(map(math.isfinite, point)):
+                curve.append(point)
+    return curve
+
+
+finished_curve = functools.lru_cache(2)(read_curve)
+
+
+def loss_at(curve, seconds, window) -> float | None:
+    """Mean loss over the `window` seconds before `seconds`; None where the curve has nothing there."""
+    losses = [loss for at, loss in curve if seconds - window < at <= seconds]
+    return statistics.fmean(losses) if losses else None

@@ -1,0 +1,179 @@
+"""Who proposes the experiments: what a researcher is told, what it gives, and the one that needs nobody.
+
+A researcher gets a Brief and gives a Draft. It knows neither git nor trials, and shares no state with the loop, so that
+it may think in a thread of its own.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import random
+import re
+from collections.abc import Callable
+
+from lab.book import Experiment
+from prepare import Task, Trouble, one_line
+
+
+class Enough(Exception):
+    """A limit that the user has set is reached; says which. Ends the loop in good order."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes out and what comes in
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A crashed experiment: why, and the end of what it printed."""
+
+    commit: str
+    reason: str
+    printed: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Brief:
+    """What a researcher knows of a tag at one moment."""
+
+    tag: str
+    task: Task
+    source: str  # the best train.py
+    experiments: tuple[Experiment, ...] = ()
+    sigma: float | None = None  # standard deviation of one run; None where it is not known
+    running: str = ""  # hash and description of the experiment that is running
+    facts: str = ""  # of the best's first run: device, steps, tokens, ...
+    tried: frozenset[str] = frozenset()  # digest() of every train.py that was tried
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: train.py} of the last kept ones
+    hypotheses: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: why it should help}
+    failures: tuple[Failure, ...] = ()  # the last ones
+
+
+def digest(source: bytes) -> str:
+    """What a train.py is known by."""
+    return hashlib.sha256(source).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A proposed experiment, from a researcher's answer to the row: a whole train.py, what it changes, and why."""
+
+    source: str
+    description: str  # one line
+    hypothesis: str = ""
+    origin: dict[str, str] = dataclasses.field(default_factory=dict)  # who proposed it: trailers of the commit
+    memory: object = dataclasses.field(default=None, compare=False, repr=False)  # the researcher's own, of the talk
+
+    @property
+    def message(self) -> str:
+        """The draft as a commit message; from_message() reads it."""
+        trailers = "\n".join(f"{name}: {one_line(value, 200)}" for name, value in self.origin.items())
+        return "\n\n".join(filter(None, (self.description, self.hypothesis, trailers)))
+
+    @classmethod
+    def from_message(cls, message: str, source=""):
+        """The draft that a commit message tells of; one without trailers is an owner's, and has no hypothesis."""
+        subject, *parts = re.split(r"\n\n+", message.strip())
+        origin = {}
+        if parts and all(re.match(r"[A-Z][\w-]*: ", line) for line in parts[-1].splitlines()):
+            origin = dict(line.split(": ", 1) for line in parts.pop().splitlines())
+        return cls(source, one_line(subject, 200), "\n\n".join(parts) if origin else "", origin)
+
+
+class Researcher:
+    """What the loop asks of whoever proposes the experiments, with nothing done where nothing has to be."""
+
+    has_key = True  # or needs none
+    spent = max_cost = None  # dollars, from this start
+
+    def check(self):
+        """Find out in seconds whether drafts can be had at all. Raises Trouble if a person has to mend something."""
+
+    def state(self) -> str:
+        """What the next draft is doing, in a few words for the live view."""
+        return ""
+
+    def draft(self, brief: Brief) -> Draft:
+        """The next draft, against the best train.py. Raises Trouble or Enough where there will be none."""
+        raise NotImplementedError
+
+    def think_ahead(self, brief: Brief):
+        """A trial has started: time to prepare the next draft."""
+
+    def failed(self, draft: Draft, failure: Failure):
+        """The experiment of `draft` has crashed, or its exam was refused."""
+
+
+Say = Callable[..., None]  # say(text, style=""): one line to the owner
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in search: small steps of the constants of train.py
+
+
+class Search(Researcher):
+    """Changes one number of train.py, sometimes two, by a sensible step; needs neither network nor key.
+
+    It follows a change that was kept one step further, and otherwise draws among the upper-case constants, the ones
+    that usually decide a small training run (learning rates, sizes, schedules) more often.
+    """
+
+    IMPORTANT = re.compile(r"LR|STEPS|BATCH|PARAM|DEPTH|MOMENTUM|COOLDOWN|RATIO")
+
+    def draft(self, brief):
+        constants = find_constants(brief.source)
+        chance = random.Random(f"{brief.tag} {len(brief.experiments)}")
+        for step in [*self.followed(brief, constants), *self.drawn(constants, chance)]:
+            changed = set_constants(brief.source, step)
+            if digest(changed.encode()) not in brief.tried:
+                change = ", ".join(f"{name} {constants[name]} -> {new}" for name, new in step.items())
+                why = "Local search: a small step that has not been tried from here."
+                return Draft(changed, change, why, {"Researcher": "search"})
+        raise Trouble("the search has tried every step it knows from the best train.py; edit train.py, or ask a model")
+
+    def followed(self, brief, constants):
+        """The last kept change once more, from where it led, if it was one of a single constant."""
+        *_, before = [{}, *map(find_constants, list(brief.sources.values())[:-1])]
+        changed = [name for name, text in constants.items() if before.get(name, text) != text]
+        if len(changed) == 1:
+            (name,) = changed
+            old, new = float(before[name]), float(constants[name])
+            yield from ({name: step} for step in steps(constants[name]) if (float(step) > new) == (new > old))
+
+    def drawn(self, constants, chance):
+        """Single steps and pairs of steps in random order: bold ones first, since noise drowns small effects."""
+        names = [name for name, text in constants.items() if steps(text)]
+        weights = [4 if self.IMPORTANT.search(name) else 1 for name in names]
+        for attempt in range(5000 if names else 0):
+            chosen = dict.fromkeys(chance.choices(names, weights, k=chance.choice((1, 1, 1, 2))))
+            reach = 2 if attempt < 500 else None
+            yield {name: chance.choice(steps(constants[name])[:reach]) for name in chosen}
+
+
+NUMBER = r"\d(?:_?\d)*\.?\d*(?:[eE][+-]?\d+)?"
+CONSTANT = re.compile(rf"^([A-Z][A-Z0-9_]*)( *= *)({NUMBER})(?=\s*(?:#.*)?$)", re.MULTILINE)
+
+
+def find_constants(source):
+    """{name: text} of the top-level assignments NAME = number."""
+    return {name: text for name, _, text in CONSTANT.findall(source)}
+
+
+def set_constants(source, new):
+    """`source` with the constants of `new`, {name: text}, set."""
+    return CONSTANT.sub(lambda found: found[1] + found[2] + new.get(found[1], found[3]), source)
+
+
+def steps(text):
+    """Neighbours of a number worth trying, as source text, the bold ones first; [] for one with none."""
+    try:
+        value = ast.literal_eval(text)
+        if not abs(float(value)) < 1e15:
+            return []
+    except (SyntaxError, ValueError, OverflowError):  # 007 in a text, or a number without end
+        return []
+    if isinstance(value, int):
+        near = [value // 2, value * 2, round(value * 0.7), round(value * 1.4)]
+        return [str(step) for step in dict.fromkeys(near) if step not in (0, value)]
+    if 0.5 < value < 1:  # a decay or a share: what counts is its distance from one
+        return [f"{1 - (1 - value) * factor:.4g}" for factor in (0.5, 2.0, 0.7, 1.4)]
+    return [f"{value * factor:.3g}" for factor in (0.5, 2.0, 0.7, 1.4) if value]

@@ -1,0 +1,322 @@
+"""One tag: its branch, its candidates (refs/autoresearch/<tag>/), its evidence (runs/<tag>/), and its book.
+
+results.tsv is the book of the tag that ran last; those of the others wait in runs/<tag>/.
+"""
+
+import contextlib
+import itertools
+import json
+import time
+from pathlib import Path
+
+import prepare
+from exam.files import ROOT, remove, write_atomically
+from exam.result import Result
+from exam.rows import changed_since, fingerprints
+from lab.book import Experiment, add_row, best_of, read_book
+from lab.repository import Repository
+from lab.researcher import Brief, Draft, Failure, Say, digest
+from lab.verdict import noise
+from prepare import Task, Trouble
+
+THROW_AWAY = """
+  git checkout {home}; git branch -D autoresearch/{tag}; rm -r runs/{tag} results.tsv
+  git for-each-ref --format='delete %(refname)' refs/autoresearch/{tag}/ | git update-ref --stdin"""
+SETTINGS = ("task", "budget", "start", "flops", "sha256")  # in runs/<tag>/meta.json: they fix what its scores mean
+
+
+def book_owner():
+    """The tag that results.tsv belongs to, or None where nobody knows."""
+    with contextlib.suppress(OSError):
+        return (ROOT / "runs" / "current").read_text().strip()
+
+
+class Tag:
+    """A tag's state is on disk: what is here was read from there, or is written there before the next step."""
+
+    def __init__(self, repository: Repository, name: str, say: Say):
+        self.repository, self.name, self.say = repository, name, say
+        self.branch, self.folder, self.book = f"autoresearch/{name}", ROOT / "runs" / name, ROOT / "results.tsv"
+        self.task: Task | None = None
+        self.experiments: list[Experiment] = []
+        self.digests: dict[str, str] = {}  # of the candidates' train.py
+        self.settings = self._read_settings()  # {} for a new tag
+
+    # -- opening
+
+    def check(self, task_name: str | None, budget: float | None) -> Task:
+        """The task of the tag, new or to be carried on. Raises Trouble for what its owner has to mend first."""
+        known = self.settings
+        task = prepare.get_task(task_name or known.get("task"), budget or known.get("budget"))
+        if known and (task.name, task.time_budget) != (known["task"], known["budget"]):
+            raise Trouble(
+                f"tag {self.name} runs task {known['task']} with {known['budget']:g} s; its scores would not "
+                f"compare with {task.name} at {task.time_budget:g} s: give another --tag"
+            )
+        if known:
+            self.check_exam()
+        if self.repository.exists(f"refs/heads/{self.branch}") or self._lost_branch():
+            return task
+        if self.repository.run("status", "--porcelain", "--", str(ROOT / "train.py")):
+            raise Trouble(
+                "train.py has changes that are not committed; commit them (git commit -m mine train.py) or put them "
+                "away (git stash), then start again"
+            )
+        if self.repository.candidates(self.name):
+            forget = THROW_AWAY.splitlines()[-1].strip().format(tag=self.name)
+            raise Trouble(f"an earlier tag {self.name} has left commits; give another --tag, or forget them: {forget}")
+        return task
+
+    def open(self, task: Task, flops: float | None):
+        """Create the tag, or carry it on: book, branch, settings. `task` is of check(), and its data are prepared.
+
+        flops: machine_flops() for a new tag; a later measurement must not change the size of the same train.py.
+        """
+        self.task = task
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lost = self._lost_branch()
+        self._fetch_book()
+        if not self.repository.exists(f"refs/heads/{self.branch}"):
+            self.repository.run("branch", self.branch, lost or "HEAD")
+        if self.repository.branch() != self.branch:
+            self.repository.run("switch", "--quiet", self.branch)
+        if not self.settings:
+            rows = read_book(self.book)
+            start = rows[0].commit if rows else self.repository.remember(self.name, self.branch)
+            values = task.name, task.time_budget, start, flops, fingerprints(task)
+            self.settings = dict(zip(SETTINGS, values))
+            write_atomically(self.folder / "meta.json", json.dumps(self.settings, indent=1) + "\n")
+        self._load()
+        if self.experiments and self.settings["start"] not in {
+            e.commit for e in self.experiments if e.status == "keep"
+        }:
+            aside = self._put_aside(self.book, self.book.read_bytes())
+            self.book.unlink()
+            self.say(f"results.tsv had lost its baseline; it is now {aside}, and is written anew from runs/", "yellow")
+            self._load()
+        if self.experiments:
+            self.settle()
+
+    def look(self):
+        """Read what the tag has found so far, changing nothing."""
+        if book_owner() not in (None, self.name):
+            self.book = self.folder / "results.tsv"
+        self._load()
+
+    def check_exam(self):
+        """Raise Trouble if the exam is no longer the one that this tag's scores come from."""
+        if changed := changed_since(self.settings["sha256"]):
+            raise Trouble(
+                f"{' and '.join(changed)} {'have' if changed[1:] else 'has'} changed since tag {self.name} was "
+                f"started, so scores would not compare; restore what was (git checkout {self.settings['start']} "
+                f"-- {' '.join(changed)}) or start another --tag"
+            )
+
+    def _read_settings(self):
+        try:
+            meta = json.loads((self.folder / "meta.json").read_text())
+            return {name: meta[name] for name in SETTINGS}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Trouble(f"cannot read {self.folder}/meta.json ({error}); delete it to set the tag up again") from None
+
+    def _lost_branch(self):
+        """The commit that the branch of a known tag should be at where somebody has deleted it; None if not."""
+        if not self.settings or book_owner() != self.name or self.repository.exists(f"refs/heads/{self.branch}"):
+            return None
+        best = best_of(read_book(self.book))
+        return best and f"refs/autoresearch/{self.name}/{best.commit}"
+
+    def _load(self):
+        """Read the book and the runs of its experiments."""
+        self.experiments = read_book(self.book)
+        for place, experiment in enumerate(self.experiments):
+            for result in self.results(experiment.commit):
+                if result.outcome == "ok":
+                    experiment = experiment.after(result)
+            self.experiments[place] = experiment
+
+    def _put_aside(self, path, content):
+        """Save what the user has in a file to runs/<tag>/, under a name that nothing else has there; returns where."""
+        names = (self.folder / f"{path.stem}-{number}{path.suffix}" for number in itertools.count())
+        kept = next(name for name in names if not name.exists() or name.read_bytes() == content)
+        kept.write_bytes(content)
+        return kept.relative_to(ROOT)
+
+    def _fetch_book(self):
+        """Make results.tsv this tag's book: file another tag's away under runs/, and bring ours back."""
+        owner, rows = book_owner(), read_book(self.book)
+        if not owner and rows and {row.commit for row in rows} <= set(self.repository.candidates(self.name)):
+            owner = self.name
+        if self.book.exists() and owner != self.name:
+            home = ROOT / "runs" / (owner or time.strftime("unknown-%Y%m%d-%H%M%S")) / "results.tsv"
+            home.parent.mkdir(parents=True, exist_ok=True)
+            self.book.replace(home)
+            self.say(f"results.tsv belonged to another tag; it is now {home.relative_to(ROOT)}")
+        write_atomically(ROOT / "runs" / "current", self.name + "\n")
+        if not self.book.exists() and (self.folder / "results.tsv").exists():
+            (self.folder / "results.tsv").replace(self.book)
+
+    # -- what is known
+
+    @property
+    def best(self) -> Experiment | None:
+        """The last experiment that was kept; None before the baseline."""
+        return best_of(self.experiments)
+
+    def path(self, commit, run) -> Path:
+        """The folder of one run of a candidate."""
+        return self.folder / commit / str(run)
+
+    def result(self, commit, run) -> Result | None:
+        """Of a finished run of `commit`; None where it is lost or damaged, or did not come about: it is held again.
+
+        Raises Trouble if the exam was not this tag's.
+        """
+        result = Result.read(self.path(commit, run) / "result.json")
+        if not result or not result.counted:
+            return None
+        for name, known in self.settings["sha256"].items():
+            if result.sha256.get(name) != known:
+                raise Trouble(f"{self.folder / commit} was scored by another exam: {name} has changed since")
+        return result
+
+    def results(self, commit) -> list[Result]:
+        """Of all finished runs of `commit`, in order."""
+        runs = itertools.count() if self.settings else ()
+        return list(itertools.takewhile(bool, (self.result(commit, run) for run in runs)))
+
+    def failure(self, commit) -> Failure:
+        """Of the last run of a crashed `commit`."""
+        results, printed = self.results(commit), b""
+        if not results:
+            return Failure(commit, "no record is left")
+        with contextlib.suppress(OSError):
+            printed = (self.path(commit, len(results) - 1) / "log.txt").read_bytes()[-3000:]
+        return Failure(commit, f"{results[-1].outcome}: {results[-1].reason}", printed.decode(errors="replace"))
+
+    def source(self, commit) -> bytes:
+        """train.py of a candidate; from runs/ where it is still there, since asking git takes longer."""
+        with contextlib.suppress(OSError):
+            return (self.folder / commit / "train.py").read_bytes()
+        return self.repository.source(f"refs/autoresearch/{self.name}/{commit}")
+
+    def text(self, commit) -> str:
+        """train.py of a candidate as text. Raises Trouble where it is not UTF-8."""
+        try:
+            return self.source(commit).decode()
+        except UnicodeDecodeError:
+            raise Trouble(
+                f"the train.py of {commit} is not UTF-8 text; save it as that, commit it, start again"
+            ) from None
+
+    def tried(self) -> frozenset[str]:
+        """digest() of the train.py of every candidate."""
+        for commit in self.repository.candidates(self.name):
+            if commit not in self.digests:
+                self.digests[commit] = digest(self.source(commit))
+        return frozenset(self.digests.values())
+
+    def brief(self, running="") -> Brief:
+        """What a researcher is told at this moment; running: hash and description of the experiment under way."""
+        kept = [e for e in self.experiments if e.status == "keep"][-20:]
+        commit = kept[-1].commit if kept else self.settings["start"]
+        sigma, names = noise(self.experiments)[0], ("device", "steps", "tokens", "params", "training_seconds")
+        result = self.result(commit, 0) if kept else None
+        known = {name: getattr(result, name) for name in (*names, "peak_vram_mb", "peak_rss_mb")} if result else {}
+        messages = self.repository.messages(self.name)
+        return Brief(
+            tag=self.name,
+            task=self.task,
+            source=self.text(commit),
+            experiments=tuple(self.experiments),
+            sigma=sigma if sigma > 0 else None,
+            running=running,
+            facts=", ".join(f"{name} {value}" for name, value in known.items() if value),
+            tried=self.tried(),
+            sources={e.commit: self.source(e.commit).decode(errors="replace") for e in kept},
+            hypotheses={commit: Draft.from_message(message).hypothesis for commit, message in messages.items()},
+            failures=tuple(self.failure(e.commit) for e in [e for e in self.experiments if e.status == "crash"][-3:]),
+        )
+
+    # -- one experiment
+
+    def candidate(self) -> tuple[str, Draft] | None:
+        """(short hash, draft) of what awaits its trial: unfinished, or the owner's own commit; None for nothing."""
+        if not self.experiments:
+            return self.settings["start"], Draft("", "baseline")
+        done = {experiment.commit for experiment in self.experiments}
+        for commit in self.repository.candidates(self.name):
+            if commit not in done:
+                return commit, self._draft(commit)
+        head = self.repository.run("rev-parse", f"refs/heads/{self.branch}")
+        if digest(self.repository.source(head)) in self.tried():
+            return None
+        commit = self.repository.remember(self.name, head)
+        return commit, self._draft(commit)
+
+    def _draft(self, commit):
+        """The draft that a candidate was made from, as its commit tells it."""
+        draft = Draft.from_message(self.repository.message(f"refs/autoresearch/{self.name}/{commit}"))
+        return draft if draft.origin else Draft("", f"by hand: {draft.description}")
+
+    def add(self, draft: Draft) -> str:
+        """Commit a draft as a candidate; returns its short hash."""
+        head = self.repository.run("rev-parse", self.branch)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / "candidate.py"
+        return self.repository.remember(
+            self.name, self.repository.commit(head, draft.source.encode(), draft.message, scratch)
+        )
+
+    def record(self, experiment: Experiment):
+        """Write the row, on disk before anything else happens, and move the branch if the experiment is kept."""
+        add_row(self.book, self.experiments, experiment)
+        self.experiments.append(experiment)
+        self.settle()
+        of_use = {"model.safetensors": self.best.commit, "compiled": self.settings["start"]}  # of their first runs
+        for left in self.folder.glob("*/*/*"):
+            lost = left.name in of_use and left.parent != self.path(of_use[left.name], 0)
+            if lost or left.name == "room":  # a room is of a trial that broke off
+                remove(left)
+
+    def ran_again(self, result: Result):
+        """Count one more finished run of the best."""
+        place = self.experiments.index(self.best)
+        self.experiments[place] = self.best.after(result)
+
+    def settle(self):
+        """Bring the branch and the working tree to the best train.py; other files and staged changes stay as they are.
+
+        A train.py that this tag has never tried is somebody's work: committed to the branch it awaits its trial, in the
+        working tree it is saved before it is replaced.
+        """
+        repository, ref, best = self.repository, f"refs/heads/{self.branch}", self.source(self.best.commit)
+        head = repository.run("rev-parse", ref)
+        if repository.source(head) != best:
+            if digest(repository.source(head)) not in self.tried():
+                return
+            candidate = repository.candidates(self.name)[self.best.commit]
+            if repository.run("log", "-1", "--format=%P", candidate) != head:  # somebody has committed meanwhile
+                message = f"{self.best.description}\n\nThe train.py of {self.best.commit}."
+                candidate = repository.commit(head, best, message, self.folder / "candidate.py")
+            repository.run("update-ref", ref, candidate, head)
+        if repository.branch() == self.branch:
+            self._settle_files(ref)
+
+    def _settle_files(self, ref):
+        """Bring train.py in index and working tree to that of `ref`, and save what else stands there."""
+        train_py = ROOT / "train.py"
+        found = [train_py.read_bytes()] if train_py.exists() else []
+        with contextlib.suppress(Trouble):
+            found.append(self.repository.source(""))  # the index, whose train.py may be staged
+        for content in dict.fromkeys(content.replace(b"\r\n", b"\n") for content in found):
+            if digest(content) not in self.tried():
+                kept = self._put_aside(train_py, content)
+                self.say(f"train.py had changes of its own; they are now {kept}", "yellow")
+        try:
+            if self.repository.run("status", "--porcelain", "--", str(train_py)):
+                self.repository.run("checkout", "--quiet", ref, "--", str(train_py))
+        except Trouble as trouble:  # the branch is right; the files will be with the next experiment
+            self.say(f"train.py here is not the best one yet: {trouble}", "yellow")

@@ -1,0 +1,116 @@
+"""The night on a terminal: timestamped lines, and below them the state of the loop, redrawn in place. Only reads."""
+
+import collections
+import contextlib
+import time
+
+from rich.console import Console
+from rich.text import Text
+
+from lab.book import changes
+from lab.findings import Findings, find, finished_curve, loss_at, read_curve
+from lab.measure import Measure, Running
+from lab.report import aligned
+from lab.researcher import Researcher
+from lab.tag import Tag
+
+COLOURS = {"keep": "green", "discard": "", "crash": "red"}  # of the three statuses
+
+
+def say(console: Console, text: str, style=""):
+    """Print one timestamped line."""
+    with contextlib.suppress(OSError):  # a log on a full disk must not end the night
+        console.print(Text.assemble((time.strftime("%H:%M:%S "), "dim"), (text, style)), soft_wrap=True)
+
+
+class View:
+    """The state of a night as lines that fit the terminal."""
+
+    def __init__(self, tag: Tag, researcher: Researcher, measure: Measure, arguments, console: Console):
+        self.tag, self.researcher, self.measure, self.console = tag, researcher, measure, console
+        self.hours, self.most = arguments.hours, arguments.max_experiments
+        self.started, self.before = time.monotonic(), len(tag.experiments)
+
+    def lines(self) -> list[Text]:
+        found, running = find(self.tag), self.measure.running
+        told = [("tag", found.headline)]
+        if best := found.best:
+            sigma = f"; sigma {found.sigma:.6f}" if found.sigma else ""
+            below = f"{found.gain_percent:.2f}% below baseline{sigma}"
+            told.append(("best", f"{best.val_bpb:.6f} {best.commit}, {below}"))
+        told.append(("pace", ", ".join(self.pace(found))))
+        if running:
+            told += self.now(found, running)
+        told.append(("next", self.researcher.state() or ("" if running else "looking for an idea")))
+        texts = [Text.assemble((f"{label:<6}", "dim"), words) for label, words in told if words]
+        texts = [Text(), *texts, Text()]
+        texts += self.latest(max(0, min(10, self.console.height - len(texts) - 2)))
+        for text in texts:
+            text.truncate(self.console.width - 1, overflow="ellipsis")
+        return texts
+
+    def pace(self, found: Findings):
+        """How fast it goes, what it has cost, and when it will end."""
+        passed, held, ends = time.monotonic() - self.started, len(found.rows) - self.before, []
+        if held:
+            yield f"{3600 * held / passed:.1f} experiments an hour"
+        if self.researcher.spent is not None:
+            cap = "" if self.researcher.max_cost is None else f" of ${self.researcher.max_cost:.2f}"
+            yield f"${self.researcher.spent:.2f}{cap} spent"
+        if self.hours is not None:
+            ends.append(3600 * self.hours - passed)
+        if self.most is not None and held:
+            ends.append((self.most - found.experiments) * passed / held)
+        if ends:
+            yield f"ends about {time.strftime('%a %H:%M', time.localtime(time.time() + min(ends)))}"
+
+    def now(self, found: Findings, running: Running):
+        """The trial under way: what it is, how far it has come, and how it does beside the best one's."""
+        curve, budget, loss = read_curve(running.curve, 2**16), self.tag.task.time_budget, "starting"
+        logged = seconds = curve[-1][0] if curve else 0.0
+        if curve:
+            with contextlib.suppress(OSError):  # the clock goes on between two steps, and while the model is scored
+                seconds = min(budget, logged + time.time() - running.curve.stat().st_mtime)
+            loss = f"loss {loss_at(curve, logged, 0.05 * budget):.3f}"
+            if found.best and found.best.commit != running.commit:
+                usual = finished_curve(self.tag.path(found.best.commit, 0) / "metrics.jsonl")
+                usual = loss_at(usual, logged, 0.05 * budget)
+                loss += f", the best one's at this time {usual:.3f}" if usual else ""
+        full = round(30 * min(1.0, max(0.0, seconds / budget)))
+        scored = ", being scored" if seconds >= budget else ""
+        yield "now", f"{running.commit} {running.description}"
+        yield "", f"{'━' * full}{'┄' * (30 - full)} {seconds:.0f} of {budget:g} s{scored}"
+        yield "", f"run {running.run + 1}: {loss}"
+
+    def latest(self, room: int) -> list[Text]:
+        """The last `room` rows of the book."""
+        rows = []
+        for e, change in collections.deque(changes(list(self.tag.experiments)), room):
+            score = "-" if e.status == "crash" else f"{e.val_bpb:.6f}"
+            rows.append((e.commit, score, "" if change is None else f"{change:+.6f}", e.status, e.description))
+        return [Text(line, COLOURS[row[3]]) for line, row in zip(aligned(rows, 10**4), rows)]
+
+
+@contextlib.contextmanager
+def live(view: View):
+    """Keep the view on the terminal while the loop runs; nothing where the output is no terminal."""
+    console = view.console
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield
+        return
+    from rich.console import Group
+    from rich.control import Control, ControlType
+    from rich.live import Live
+
+    shown, width = [], console.width
+
+    def picture():
+        nonlocal shown, width
+        if console.width < width:  # the terminal has wrapped the longer lines: begin that many lines further up
+            wrapped = sum(max(0, text.cell_len - 1) // console.width for text in shown)
+            console.control(Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * wrapped))
+        width, shown = console.width, view.lines()
+        return Group(*shown)
+
+    with Live(get_renderable=picture, console=console, refresh_per_second=2, transient=True):
+        yield

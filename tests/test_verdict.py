@@ -1,0 +1,99 @@
+"""The verdict: how sure a difference is, which runs compare, and what has to run again."""
+
+import math
+import random
+
+import nights
+import pytest
+
+from lab import verdict
+from lab.book import Experiment, Run
+
+
+def test_sigma_is_pooled_over_the_repeats_of_each_commit():
+    assert verdict.pooled_noise([[1.0, 3.0], [10.0], [], [5.0, 5.0, 5.0]]) == (pytest.approx(math.sqrt(2 / 3)), 3)
+    assert math.isnan(verdict.pooled_noise([[1.0], [2.0]])[0])
+
+
+def test_one_useless_change_in_ten_looks_ninety_percent_better_at_first():
+    chance, lucky = random.Random(0), 0
+    for _ in range(10_000):
+        candidate, *best = (chance.gauss(1, 0.01) for _ in range(4))
+        noise = verdict.pooled_noise([best])
+        lucky += verdict.probability_better([candidate], best, noise) >= 0.9
+    assert lucky / 10_000 == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "t, freedom, share",  # from printed tables
+    [(6.314, 1, 0.95), (1.886, 2, 0.90), (4.541, 3, 0.99), (2.015, 5, 0.95), (2.764, 10, 0.99), (-1.310, 30, 0.10)],
+)
+def test_students_distribution_agrees_with_the_tables(t, freedom, share):
+    assert verdict.student_cdf(t, freedom) == pytest.approx(share, abs=1e-4)
+
+
+def test_a_clear_gain_is_kept_a_loss_is_discarded_and_a_doubtful_one_is_run_again():
+    best, noise = [1.0, 1.0, 1.0], (0.01, 2)
+    assert verdict.decide([0.9], best, noise)[0] == "keep"
+    assert verdict.decide([1.001], best, noise)[0] == "discard"
+    assert verdict.decide([0.985], best, noise)[0] == "again"
+    assert verdict.decide([0.995] * 3, best, noise)[0] == "discard"
+    assert verdict.decide([0.9999], best, verdict.GREEDY)[0] == "keep"
+
+
+def test_in_simulated_nights_the_rule_keeps_four_times_less_noise_and_nine_tenths_of_the_gain():
+    (_, gain, _, false, _), (_, our_gain, _, our_false, _) = nights.table(300)
+    assert our_false < false / 4 and our_gain > 0.9 * gain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a machine whose speed changes; a run is (val_bpb, speed)
+
+
+def experiment(*runs, val_bpb=1.0):
+    return Experiment("abc1234", val_bpb, 0.1, "keep", "an idea", tuple(Run(*run) for run in runs))
+
+
+BEST = experiment((1.0, 100), (1.001, 100), (0.999, 100))
+
+
+def judge(*runs, best=BEST, **options):
+    return verdict.judge(experiment(*runs), best, [best], **options)
+
+
+def test_a_candidate_is_compared_at_the_speed_of_its_last_run():
+    assert judge((0.9, 100)).decision == "keep" and judge((1.1, 95)).decision == "discard"
+    later = judge((1.1, 50), (0.9, 100))
+    assert (later.decision, later.scores) == ("keep", (0.9,))
+
+
+def test_a_worse_score_on_a_slower_machine_first_runs_the_candidate_and_then_the_best_again():
+    once, twice = judge((1.1, 50)), judge((1.1, 50), (1.1, 51))
+    assert (once.decision, twice.decision) == ("again", "best") and once.unusual and "50% of the speed" in once.reason
+    assert judge((1.1, 50), (1.1, 51), best_ran_again=True).decision == "discard"
+    both = experiment(*[(run.val_bpb, run.speed) for run in BEST.runs], (1.2, 50))
+    assert judge((1.1, 50), (1.1, 51), best=both, best_ran_again=True).decision == "keep"
+
+
+def test_a_better_score_on_a_slower_machine_is_kept_and_one_on_a_faster_machine_is_doubted():
+    assert judge((0.9, 50)).decision == "keep"
+    faster = judge((0.9, 200))
+    assert (faster.decision, faster.reason) == ("best", "the machine ran at 200% of the speed that it had for the best")
+    lost = judge((0.9, 200), best_ran_again=True)
+    assert (lost.decision, lost.reason) == ("discard", "the machine was never as fast for the best")
+
+
+def test_without_the_runs_of_the_best_its_row_counts_and_greed_asks_for_no_speed():
+    assert judge((0.9, 200), best=experiment(val_bpb=1.0)).decision == "keep"
+    assert judge((0.999, 200), greedy=True).decision == "keep" and judge((1.1, 50), greedy=True).decision == "discard"
+
+
+def test_the_noise_of_a_run_is_pooled_within_machine_speeds():
+    mixed = experiment((1.0, 100), (1.1, 50), (1.1, 51))
+    assert verdict.noise([mixed]) == (0.0, 1) and verdict.groups(mixed) == [[1.0], [1.1, 1.1]]
+
+
+def test_a_baseline_runs_three_times_and_once_for_the_greedy():
+    decisions = [verdict.judge_baseline(experiment(*[(1.0, 100)] * count)).decision for count in (1, 2, 3)]
+    assert decisions == ["again", "again", "keep"]
+    assert verdict.judge_baseline(experiment((1.0, 100)), greedy=True).decision == "keep"
