@@ -51,9 +51,10 @@ PAUSE = 60.0  # seconds until a full disk or a missing GPU is looked at again
 class Loop:
     """Experiments of one tag, one after the other, until a limit is reached."""
 
-    def __init__(self, tag: Tag, researcher: Researcher, measure: Measure, news: News, arguments):
+    def __init__(self, tag: Tag, researcher: Researcher, measure: Measure, news: News, arguments, started: float):
         self.tag, self.researcher, self.measure, self.news, self.say = tag, researcher, measure, news, tag.say
-        self.most, self.hours, self.started = arguments.max_experiments, arguments.hours, time.monotonic()
+        self.most, self.hours, self.started = arguments.max_experiments, arguments.hours, started  # time.monotonic()
+        self.drafts = {}  # {commit: draft} of candidates without a row, with what their researcher remembers
         self.drafted = None  # a draft that is not committed yet: it has cost money, and a full disk must not lose it
 
     def run(self) -> str:
@@ -75,6 +76,7 @@ class Loop:
         """Hold one experiment, from the draft to the row."""
         tag, researcher = self.tag, self.researcher
         commit, draft = tag.candidate() or self.new_candidate()
+        draft = self.drafts.get(commit, draft)
         if reason := self.limit_reached():  # waiting for the draft has taken the rest of the night
             raise Enough(reason)
         self.say(f"{commit} {draft.description}", "bold")
@@ -83,6 +85,8 @@ class Loop:
         before = tag.best
         experiment, why = self.measure.measure(commit, draft)
         tag.record(experiment)
+        self.drafts.pop(commit, None)
+        self.measure.running = None
         score = "" if experiment.status == "crash" else f"{experiment.val_bpb:.6f} "
         change = f"({experiment.val_bpb - before.val_bpb:+.6f}) " if before and score else ""
         self.say(f"{commit} {score}{change}{experiment.status}: {title(why)}", COLOURS[experiment.status])
@@ -94,7 +98,8 @@ class Loop:
     def new_candidate(self):
         """(short hash, draft) of a new idea, committed."""
         draft = self.drafted = self.drafted or self.researcher.draft(self.tag.brief())
-        commit, self.drafted = self.tag.add(draft), None
+        commit = self.tag.add(draft)
+        self.drafts[commit], self.drafted = draft, None
         return commit, draft
 
     def limit_reached(self, running=0):
@@ -204,7 +209,7 @@ def prepared(task):
 
 def night(tag: Tag, news: News, console: Console, arguments):
     """Open the tag and run the loop to its end, which is reported."""
-    repository, speak = tag.repository, tag.say
+    repository, speak, started = tag.repository, tag.say, time.monotonic()
     costs = tag.folder / "cost.jsonl"
     researcher = Search() if arguments.researcher == "search" else Model(arguments, costs, speak)
     task = prepare.get_task(arguments.task or tag.settings.get("task"))
@@ -224,8 +229,9 @@ def night(tag: Tag, news: News, console: Console, arguments):
             speak(line, "yellow")
         researcher.check()
         measure = Measure(tag, speak, arguments.greedy, sandbox=not arguments.no_sandbox)
-        with live(View(tag, researcher, measure, arguments, console)):
-            reason = Loop(tag, researcher, measure, news, arguments).run()
+        loop = Loop(tag, researcher, measure, news, arguments, started)
+        with live(View(loop, console)):
+            reason = loop.run()
         speak(f"the end: {reason}")
     report.tell(tag, console)
     news.send("the end", f"{reason}; best val_bpb {tag.best.val_bpb:.6f}")

@@ -61,7 +61,7 @@ class Result:
             found = json.loads(Path(path).read_text())
             result = cls(**{field.name: found[field.name] for field in dataclasses.fields(cls) if field.name in found})
             return result if result.is_sound() else None
-        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        except (OSError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError):
             return None
 
     def is_sound(self):

@@ -106,12 +106,13 @@ def time_spent(tag: Tag) -> dict[str, float]:
     """
     spent, spans = collections.Counter(), []
     for path in tag.folder.glob("*/*/result.json"):
-        result = Result.read(path)
-        if result and result.counted:
+        result, end = Result.read(path), 0.0
+        with contextlib.suppress(OSError):  # a trial that begins removes what an earlier one has left
+            end = path.stat().st_mtime
+        if result and result.counted and end:
             parts = [result.training_seconds, result.startup_seconds, result.eval_seconds]
             spent.update(dict(zip(("training", "start-up", "exam"), parts)))
             spent["rest of the trial"] += max(0.0, result.total_seconds - sum(parts))
-            end = path.stat().st_mtime
             spans.append((end - result.total_seconds, end))
     spans.sort()
     if spans:

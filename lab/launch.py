@@ -55,7 +55,9 @@ def hold(request: Request) -> Result:
     if result := Result.read(report):
         return result
     code = proctor.returncode
-    result = Result("lost", "it was killed" if code < 0 else f"exit code {code}, see {out / 'proctor.log'}")
+    said = (out / "proctor.log").read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+    # Exit code 2 is of a prepare.py that does not know the request, as one of another version does not.
+    result = Result("fault" if code == 2 else "lost", "it was killed" if code < 0 else said[-1])
     result.write(report)  # where the disk is full this fails as well, and is not held against the candidate
     return result
 

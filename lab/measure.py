@@ -51,7 +51,7 @@ class Measure:
         self._make_comparable(commit)
         best_ran_again = False
         for run in itertools.count():
-            result = self._trial(commit, run, draft)
+            result = self._trial(commit, run, draft.description)
             if result.outcome != "ok":
                 if commit == self.tag.settings["start"]:
                     shutil.rmtree(self.tag.path(commit, run))  # so that the next start tries again
@@ -90,21 +90,21 @@ class Measure:
         """One more run of the best commit, which counts from then on."""
         best = self.tag.best
         self.say(f"{reason}; running the best, {best.commit}, again", "yellow")
-        result = self._trial(best.commit, len(self.tag.results(best.commit)), Draft("", best.description))
+        result = self._trial(best.commit, len(self.tag.results(best.commit)), best.description)
         if result.outcome == "ok":
             self.tag.ran_again(result)
             self.settled = result.matmul_flops
 
     # -- one trial, and whose fault its failure is
 
-    def _trial(self, commit, run, draft):
+    def _trial(self, commit, run, description):
         """The result of `commit` with seed `run`, which an earlier start may have left.
 
         Raises Pause where the machine, and not the candidate, is at fault. A trial that failed on a slow machine counts
         for nothing: its run is held again, after some tries in a row at another time.
         """
         for _ in range(SLOW_TRIES):
-            result = self.tag.result(commit, run) or self._hold(commit, run, draft)
+            result = self.tag.result(commit, run) or self._hold(commit, run, description)
             slow = self._slowness(commit, result)
             if not slow:
                 self.slow_pauses = 0
@@ -116,15 +116,12 @@ class Measure:
         self.slow_pauses += 1
         raise Pause(f"{slow}; end what else uses it ({commit} failed: {one_line(result.reason, 200)})")
 
-    def _hold(self, commit, run, draft):
+    def _hold(self, commit, run, description):
         """Hold one trial and return its result. Raises Pause where the machine could not hold it."""
         tag = self.tag
         tag.check_exam()
-        self.running = Running(commit, draft.description, run, tag.path(commit, run) / "metrics.jsonl")
-        try:
-            result = launch.hold(self._request(commit, run))
-        finally:
-            self.running = None
+        self.running = Running(commit, description, run, tag.path(commit, run) / "metrics.jsonl")
+        result = launch.hold(self._request(commit, run))
         if result.outcome == "fault":
             raise Trouble(f"the trial of {commit} could not be held: {result.reason}")
         # A baseline's proctor that was killed is another fault of the machine; a candidate may have had its own killed.

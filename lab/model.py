@@ -84,7 +84,9 @@ class Model(Researcher):
             writing, self.writing = self.writing, None  # even if it has failed: the next try begins anew
             draft = writing.result()
             source = carried_over(draft, brief.source)
-            problem = objection(source, brief.source, brief.tried) if source else "it conflicts with the new best one"
+            problem = (
+                objection(source, brief.source, brief.tried) if source else "it conflicts with the new best train.py"
+            )
             if not problem:
                 return dataclasses.replace(draft, source=source)
             self.say(f"a draft is dropped: {problem.splitlines()[0]} ({draft.description})", "yellow")

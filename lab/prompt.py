@@ -87,7 +87,7 @@ def programme() -> str:
 
 
 def briefing(brief: Brief, programme: str, plain: bool) -> list[str]:
-    """The parts of the system prompt, in the order in which they change less often; plain: for one without tools."""
+    """The parts of the system prompt, those that change least often first; plain: for one without tools."""
     task = brief.task
     sizes = f"TASK is {task.name}: {task.time_budget:g} s of training, T {task.seq_len}, V {task.vocab_size}."
     return [
@@ -171,7 +171,7 @@ def rows(brief):
 def failure_in_words(failure: Failure, room: int) -> str:
     """Why an experiment crashed, and the end of what it printed, at most `room` characters of each."""
     printed = failure.printed[-room:].strip()
-    told = failure.reason[:room] + (f"\nWhat it printed last:\n{printed}" if printed else "")
+    told = f"{failure.outcome}: {failure.reason}"[:room] + (f"\nWhat it printed last:\n{printed}" if printed else "")
     return f"{failure.commit} failed:\n{quoted(told, 2 * room + 100)}"
 
 

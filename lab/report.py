@@ -89,7 +89,7 @@ def tell(tag: Tag, console: Console):
         table(("commit", "val_bpb", "gain", what), *rows)
     crashed, rows = failures(tag), []
     for e, reason in crashed[-4:]:
-        reason = re.sub(r"exit code \d+, without submit\(\): ", "", reason).removeprefix("crash: ")
+        reason = re.sub(r"exit code \d+, without submit\(\): ", "", reason)
         rows.append((e.commit, f"{e.description[:32]}: {reason}"))
     table(("crashed", f"{len(crashed)} in all, the last ones with their reasons"), *rows)
     line()

@@ -27,8 +27,7 @@ class Repository:
         except git.InvalidGitRepositoryError:
             start = "git init && git add . && git commit -m start"
             raise Trouble(f"{home} is not a git repository; run there: {start}") from None
-        self.home, self.top = home, Path(self.repo.working_dir)
-        self.path = (home / "train.py").relative_to(self.top).as_posix()
+        self.path = (home / "train.py").relative_to(self.repo.working_dir).as_posix()
         # The owner's hooks and signatures are for the owner's commits.
         settings = {"core.hooksPath": os.devnull, "commit.gpgSign": "false"}
         self.has_identity = bool(self.run("config", "--default", "", "user.email"))

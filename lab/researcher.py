@@ -28,6 +28,7 @@ class Failure:
     """A crashed experiment: why, and the end of what it printed."""
 
     commit: str
+    outcome: str  # of its Result
     reason: str
     printed: str = ""
 
@@ -58,7 +59,7 @@ def digest(source: bytes) -> str:
 class Draft:
     """A proposed experiment, from a researcher's answer to the row: a whole train.py, what it changes, and why."""
 
-    source: str
+    source: str  # empty where the draft was read from its commit, which has it
     description: str  # one line
     hypothesis: str = ""
     origin: dict[str, str] = dataclasses.field(default_factory=dict)  # who proposed it: trailers of the commit
@@ -71,13 +72,13 @@ class Draft:
         return "\n\n".join(filter(None, (self.description, self.hypothesis, trailers)))
 
     @classmethod
-    def from_message(cls, message: str, source=""):
-        """The draft that a commit message tells of; one without trailers is an owner's, and has no hypothesis."""
+    def from_message(cls, message: str):
+        """The draft that a commit message tells of, without its source; an owner's has no origin and no hypothesis."""
         subject, *parts = re.split(r"\n\n+", message.strip())
         origin = {}
-        if parts and all(re.match(r"[A-Z][\w-]*: ", line) for line in parts[-1].splitlines()):
-            origin = dict(line.split(": ", 1) for line in parts.pop().splitlines())
-        return cls(source, one_line(subject, 200), "\n\n".join(parts) if origin else "", origin)
+        if parts and parts[-1].startswith("Researcher: "):
+            origin = dict(line.partition(": ")[::2] for line in parts.pop().splitlines())
+        return cls("", one_line(subject, 200), "\n\n".join(parts) if origin else "", origin)
 
 
 class Researcher:
@@ -126,8 +127,7 @@ class Search(Researcher):
             changed = set_constants(brief.source, step)
             if digest(changed.encode()) not in brief.tried:
                 change = ", ".join(f"{name} {constants[name]} -> {new}" for name, new in step.items())
-                why = "Local search: a small step that has not been tried from here."
-                return Draft(changed, change, why, {"Researcher": "search"})
+                return Draft(changed, change, origin={"Researcher": "search"})
         raise Trouble("the search has tried every step it knows from the best train.py; edit train.py, or ask a model")
 
     def followed(self, brief, constants):

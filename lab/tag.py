@@ -12,8 +12,8 @@ from pathlib import Path
 import prepare
 from exam.files import ROOT, remove, write_atomically
 from exam.result import Result
-from exam.rows import changed_since, fingerprints
-from lab.book import Experiment, add_row, best_of, read_book
+from exam.rows import changed_since, fingerprints, verify
+from lab.book import Experiment, add_row, best_of, read_book, title
 from lab.repository import Repository
 from lab.researcher import Brief, Draft, Failure, Say, digest
 from lab.verdict import noise
@@ -39,14 +39,14 @@ class Tag:
         self.branch, self.folder, self.book = f"autoresearch/{name}", ROOT / "runs" / name, ROOT / "results.tsv"
         self.task: Task | None = None
         self.experiments: list[Experiment] = []
-        self.digests: dict[str, str] = {}  # of the candidates' train.py
+        self.digests: dict[str, str] = {}  # of the train.py of finished candidates
         self.settings = self._read_settings()  # {} for a new tag
 
     # -- opening
 
     def check(self, task_name: str | None, budget: float | None) -> Task:
         """The task of the tag, new or to be carried on. Raises Trouble for what its owner has to mend first."""
-        known = self.settings
+        known = self.settings = self._read_settings()  # another loop may have made them meanwhile
         task = prepare.get_task(task_name or known.get("task"), budget or known.get("budget"))
         if known and (task.name, task.time_budget) != (known["task"], known["budget"]):
             raise Trouble(
@@ -55,7 +55,10 @@ class Tag:
             )
         if known:
             self.check_exam()
-        if self.repository.exists(f"refs/heads/{self.branch}") or self._lost_branch():
+        if self.repository.exists(f"refs/heads/{self.branch}"):
+            self._check_programs()
+            return task
+        if self._lost_branch():
             return task
         if self.repository.run("status", "--porcelain", "--", str(ROOT / "train.py")):
             raise Trouble(
@@ -72,6 +75,7 @@ class Tag:
 
         flops: machine_flops() for a new tag; a later measurement must not change the size of the same train.py.
         """
+        verify(task)
         self.task = task
         self.folder.mkdir(parents=True, exist_ok=True)
         lost = self._lost_branch()
@@ -110,6 +114,16 @@ class Tag:
                 f"{' and '.join(changed)} {'have' if changed[1:] else 'has'} changed since tag {self.name} was "
                 f"started, so scores would not compare; restore what was (git checkout {self.settings['start']} "
                 f"-- {' '.join(changed)}) or start another --tag"
+            )
+
+    def _check_programs(self):
+        """Raise Trouble where to check the branch out would put other programs in the place of those that run."""
+        names = [str(ROOT / name) for name in ("agent_loop.py", "prepare.py", "exam", "lab")]
+        if changed := self.repository.run("diff", "--name-only", "HEAD", self.branch, "--", *names):
+            named = ", ".join(changed.splitlines()[:3])
+            raise Trouble(
+                f"on {self.branch} these programs are others than here: {named}; run: git switch {self.branch}, "
+                "and start again with those, or merge them, or give another --tag"
             )
 
     def _read_settings(self):
@@ -189,12 +203,14 @@ class Tag:
 
     def failure(self, commit) -> Failure:
         """Of the last run of a crashed `commit`."""
-        results, printed = self.results(commit), b""
-        if not results:
-            return Failure(commit, "no record is left")
-        with contextlib.suppress(OSError):
-            printed = (self.path(commit, len(results) - 1) / "log.txt").read_bytes()[-3000:]
-        return Failure(commit, f"{results[-1].outcome}: {results[-1].reason}", printed.decode(errors="replace"))
+        runs, printed = len(self.results(commit)), b""
+        for run in (runs, runs - 1):  # the last one may have been lost
+            result = Result.read(self.path(commit, run) / "result.json")
+            if result and result.outcome != "ok":
+                with contextlib.suppress(OSError):
+                    printed = (self.path(commit, run) / "log.txt").read_bytes()[-3000:]
+                return Failure(commit, result.outcome, result.reason or "", printed.decode(errors="replace"))
+        return Failure(commit, "crash", "no record is left")
 
     def source(self, commit) -> bytes:
         """train.py of a candidate; from runs/ where it is still there, since asking git takes longer."""
@@ -213,10 +229,12 @@ class Tag:
 
     def tried(self) -> frozenset[str]:
         """digest() of the train.py of every candidate."""
-        for commit in self.repository.candidates(self.name):
-            if commit not in self.digests:
-                self.digests[commit] = digest(self.source(commit))
-        return frozenset(self.digests.values())
+        finished = {experiment.commit for experiment in self.experiments}
+        candidates = self.repository.candidates(self.name)
+        fresh = {commit: digest(self.source(commit)) for commit in candidates if commit not in self.digests}
+        # What a power cut has left of the file of an unfinished one is written anew for its trial.
+        self.digests |= {commit: known for commit, known in fresh.items() if commit in finished}
+        return frozenset([*self.digests.values(), *fresh.values()])
 
     def brief(self, running="") -> Brief:
         """What a researcher is told at this moment; running: hash and description of the experiment under way."""
@@ -259,16 +277,14 @@ class Tag:
     def _draft(self, commit):
         """The draft that a candidate was made from, as its commit tells it."""
         draft = Draft.from_message(self.repository.message(f"refs/autoresearch/{self.name}/{commit}"))
-        return draft if draft.origin else Draft("", f"by hand: {draft.description}")
+        return draft if draft.origin else Draft("", title(f"by hand: {draft.description}"))
 
     def add(self, draft: Draft) -> str:
         """Commit a draft as a candidate; returns its short hash."""
         head = self.repository.run("rev-parse", self.branch)
         self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / "candidate.py"
-        return self.repository.remember(
-            self.name, self.repository.commit(head, draft.source.encode(), draft.message, scratch)
-        )
+        made = self.repository.commit(head, draft.source.encode(), draft.message, self.folder / "candidate.py")
+        return self.repository.remember(self.name, made)
 
     def record(self, experiment: Experiment):
         """Write the row, on disk before anything else happens, and move the branch if the experiment is kept."""

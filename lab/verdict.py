@@ -29,6 +29,11 @@ def scores_at(experiment: Experiment, speed) -> list[float]:
     return [run.val_bpb for run in experiment.runs if same_speed(run.speed, speed)]
 
 
+def all_scores(experiment: Experiment) -> list[float]:
+    """Scores of all runs; where they are lost, that of the row."""
+    return [run.val_bpb for run in experiment.runs] or [experiment.val_bpb]
+
+
 def groups(experiment: Experiment) -> list[list[float]]:
     """The scores in groups of runs at one machine speed, every run in one of them."""
     found = []
@@ -46,15 +51,13 @@ def comparable(candidate: Experiment, best: Experiment) -> tuple[list[float], li
     """(scores of the candidate, scores of the best) that compare: at the machine speed of the candidate's last run.
 
     Where the best has no run at that speed, its faster ones are compared with, which do the candidate no favour; it has
-    none at all where the machine was never as fast for it. An experiment whose runs are lost has its row's score alone.
+    none at all where the machine was never as fast for it.
     """
-    scores, others = ([run.val_bpb for run in e.runs] or [e.val_bpb] for e in (candidate, best))
-    if candidate.runs and best.runs:
-        speed = candidate.runs[-1].speed
-        if len(scores) <= MAX_RUNS:  # beyond that the speed never settles, and the mean over all is the best guess
-            scores = scores_at(candidate, speed)
-        others = scores_at(best, speed) or [run.val_bpb for run in best.runs if run.speed > speed]
-    return scores, others
+    if not candidate.runs or not best.runs:
+        return all_scores(candidate), all_scores(best)
+    speed = candidate.runs[-1].speed
+    faster = [run.val_bpb for run in best.runs if speed and run.speed and run.speed > speed]
+    return scores_at(candidate, speed), scores_at(best, speed) or faster
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,16 +140,16 @@ def judge(candidate: Experiment, best: Experiment, others, greedy=False, best_ra
     others: all experiments that tell how much a run varies, the best among them. best_ran_again: whether the best has
     run for this candidate already.
     """
-    if greedy:
-        scores, rivals = ([run.val_bpb for run in e.runs] or [e.val_bpb] for e in (candidate, best))
-        decision, probability = decide(scores, rivals, GREEDY)
-        return Verdict(decision, f"P(better) {probability:.0%}", tuple(scores))
     scores, rivals = comparable(candidate, best)
+    if greedy:
+        scores, rivals = all_scores(candidate), all_scores(best)
+    elif len(candidate.runs) > MAX_RUNS:  # the speed never settles, and the mean over all is the best guess
+        scores = all_scores(candidate)
     decision, reason = "discard", "the machine was never as fast for the best"
     if rivals:
-        decision, probability = decide(scores, rivals, noise([*others, candidate]))
+        decision, probability = decide(scores, rivals, GREEDY if greedy else noise([*others, candidate]))
         reason = f"P(better) {probability:.0%}"
-    if decision != "keep" and (remedy := _remedy(candidate, best, best_ran_again)):
+    if decision != "keep" and not greedy and (remedy := _remedy(candidate, best, best_ran_again)):
         return remedy
     return Verdict(decision, reason, tuple(scores))
 
@@ -161,4 +164,4 @@ def _remedy(candidate, best, best_ran_again):
     unmatched = sum(not scores_at(best, run.speed) for run in candidate.runs)
     if speed < usual and unmatched == 1 and len(candidate.runs) < MAX_RUNS:  # perhaps it was busy, or hot, for a while
         return Verdict("again", change, unusual=True)
-    return Verdict("best", change, unusual=True)
+    return Verdict("best", change)

@@ -9,10 +9,8 @@ from rich.text import Text
 
 from lab.book import changes
 from lab.findings import Findings, find, finished_curve, loss_at, read_curve
-from lab.measure import Measure, Running
+from lab.measure import Running
 from lab.report import aligned
-from lab.researcher import Researcher
-from lab.tag import Tag
 
 COLOURS = {"keep": "green", "discard": "", "crash": "red"}  # of the three statuses
 
@@ -26,10 +24,10 @@ def say(console: Console, text: str, style=""):
 class View:
     """The state of a night as lines that fit the terminal."""
 
-    def __init__(self, tag: Tag, researcher: Researcher, measure: Measure, arguments, console: Console):
-        self.tag, self.researcher, self.measure, self.console = tag, researcher, measure, console
-        self.hours, self.most = arguments.hours, arguments.max_experiments
-        self.started, self.before = time.monotonic(), len(tag.experiments)
+    def __init__(self, loop, console: Console):
+        """loop: the one of agent_loop.py, whose tag, researcher, measure and limits are looked at."""
+        self.tag, self.researcher, self.measure, self.loop = loop.tag, loop.researcher, loop.measure, loop
+        self.console, self.before = console, len(loop.tag.experiments)
 
     def lines(self) -> list[Text]:
         found, running = find(self.tag), self.measure.running
@@ -51,16 +49,16 @@ class View:
 
     def pace(self, found: Findings):
         """How fast it goes, what it has cost, and when it will end."""
-        passed, held, ends = time.monotonic() - self.started, len(found.rows) - self.before, []
+        passed, held, ends = time.monotonic() - self.loop.started, len(found.rows) - self.before, []
         if held:
             yield f"{3600 * held / passed:.1f} experiments an hour"
         if self.researcher.spent is not None:
             cap = "" if self.researcher.max_cost is None else f" of ${self.researcher.max_cost:.2f}"
             yield f"${self.researcher.spent:.2f}{cap} spent"
-        if self.hours is not None:
-            ends.append(3600 * self.hours - passed)
-        if self.most is not None and held:
-            ends.append((self.most - found.experiments) * passed / held)
+        if self.loop.hours is not None:
+            ends.append(3600 * self.loop.hours - passed)
+        if self.loop.most is not None and held:
+            ends.append((self.loop.most - found.experiments) * passed / held)
         if ends:
             yield f"ends about {time.strftime('%a %H:%M', time.localtime(time.time() + min(ends)))}"
 

@@ -155,6 +155,48 @@ def test_a_book_that_is_lost_or_cut_off_is_written_again_without_a_trial(stage):
     check_the_end(stage)
 
 
+def test_a_train_py_that_a_power_cut_has_emptied_before_its_trial_makes_no_second_row(stage):
+    command = [sys.executable, "agent_loop.py", *LOOP, "--greedy", "--max-experiments"]
+    assert subprocess.run([*command, "1"], cwd=stage).returncode == 0
+    path, commit = stage / "results.tsv", book(stage)[1][0]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    shutil.rmtree(stage / "runs/t" / commit / "0")
+    (stage / "runs/t" / commit / "train.py").write_text("")
+    ended = subprocess.run([*command, "4"], cwd=stage, capture_output=True, text=True)
+    assert ended.returncode == 0 and "changes of its own" not in ended.stdout, ended.stdout
+    commits = [row[0] for row in book(stage)]
+    assert commits[1] == commit and len(set(commits)) == 5
+
+
+def test_programs_of_another_version_are_refused_before_the_branch_and_never_held_against_an_idea(stage):
+    git, command = git_in(stage), [sys.executable, "agent_loop.py", *LOOP, "--max-experiments"]
+    assert subprocess.run([*command, "0"], cwd=stage).returncode == 0
+    desk = stage / "exam/desk.py"
+    desk.write_text(desk.read_text().replace('"--flops"', '"--rate"'))
+    ended = subprocess.run([*command, "1"], cwd=stage, capture_output=True, text=True)
+    assert ended.returncode == 2 and "could not be held" in ended.stderr and "--flops" in ended.stderr, ended
+    assert len(book(stage)) == 1
+    git("checkout", "-q", "--", "exam")
+    git("switch", "-q", "main")
+    desk.write_text(desk.read_text() + "\n# newer\n")
+    git("commit", "-qam", "a newer desk")
+    ended = subprocess.run([*command, "1"], cwd=stage, capture_output=True, text=True)
+    assert ended.returncode == 2 and "others than here: exam/desk.py" in ended.stderr
+    assert git("branch", "--show-current") == "main\n"
+
+
+def test_damaged_data_are_named_before_a_known_tag_is_carried_on(stage, tmp_path):
+    command, away = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments"], tmp_path / "away"
+    assert subprocess.run([*command, "0"], cwd=stage).returncode == 0
+    git_in(stage)("switch", "-q", "main")
+    shutil.copytree(os.environ["AUTORESEARCH_CACHE"], away)
+    (away / "tiny/val.bin").write_bytes((away / "tiny/val.bin").read_bytes()[::-1])
+    here = os.environ | {"AUTORESEARCH_CACHE": str(away)}
+    ended = subprocess.run([*command, "1"], cwd=stage, env=here, capture_output=True, text=True)
+    assert ended.returncode == 2 and "val.bin has changed" in ended.stderr
+    assert git_in(stage)("branch", "--show-current") == "main\n" and len(book(stage)) == 1
+
+
 def test_without_its_evidence_the_noise_is_measured_again(stage):
     command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments"]
     assert subprocess.run([*command, "1"], cwd=stage).returncode == 0

@@ -29,6 +29,7 @@ from fake_anthropic import (
     turn_a_constant,
 )
 from test_loop import book
+from test_night import IMPATIENT
 
 import prepare
 from lab import api, model, prompt
@@ -628,9 +629,19 @@ def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask):
         draft = researcher.draft(brief)
         described.append(draft.description)
         brief = after(brief, f"crash{number}", draft.source, "crash")
-        researcher.failed(draft, Failure(f"crash{number}", "crash: out of luck"))
+        researcher.failed(draft, Failure(f"crash{number}", "crash", "out of luck"))
     assert described == ["try 1", "repair: try 2", "repair: try 3", "try 4"]
     assert [len(request["messages"]) for request in server.requests] == [1, 3, 5, 1]
+
+
+def test_a_crash_is_repaired_even_after_a_pause_of_its_trial(stage, run):
+    (stage / "speeds").write_text("9e15 lost 9e15:crash 9e15")
+    server = FakeAnthropic(lambda request, number: edit("LR = 0.001", f"LR = 0.0{number + 2}", f"idea {number}"))
+    loop = [sys.executable, "-c", IMPATIENT, *COMMAND[2:], "--budget", "0.01", "--max-experiments", "3"]
+    ended = run(*loop, cwd=stage, env=os.environ | server.environment())
+    server.close()
+    assert ended.returncode == 0 and "paused: the GPU is lost" in ended.stdout, ended.stdout + ended.stderr
+    assert [row[4][:7] for row in book(stage)] == ["baselin", "idea 0", "idea 1", "repair:"], book(stage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -647,7 +658,7 @@ def filled(count, source):
             new = f"\nX{number} = {number}\nimport"
             source = sources[commit] = re.sub(r"\n(X\d+ = \d+\n)?import", new, source, count=1)
         if status == "crash":
-            failures.append(Failure(commit, "crash: out of luck", "x" * 3000))
+            failures.append(Failure(commit, "crash", "out of luck", "x" * 3000))
         words = f"Number {number}: raise the rate of the embeddings by {number / 1000:.3f} and decay it earlier"
         experiments.append(Experiment(commit, 1 - number * 1e-5, 0.1, status, words))
         why[commit] = f"Because {number} steps are too few for the embeddings to settle, the rate is what limits them."

@@ -57,3 +57,5 @@ def test_a_draft_survives_as_a_commit_message_and_an_owners_message_is_none():
     assert Draft.from_message(draft.message) == draft
     bare = Draft.from_message("halve the width\n\nIt is too wide: by far.\n")
     assert (bare.description, bare.hypothesis, bare.origin) == ("halve the width", "", {})
+    signed = Draft.from_message("halve the width\n\nIt is too wide.\n\nSigned-off-by: Owner <o@example.org>\n")
+    assert (signed.description, signed.hypothesis, signed.origin) == ("halve the width", "", {})

@@ -75,6 +75,11 @@ def test_a_worse_score_on_a_slower_machine_first_runs_the_candidate_and_then_the
     assert judge((1.1, 50), (1.1, 51), best=both, best_ran_again=True).decision == "keep"
 
 
+def test_a_best_that_ran_often_is_compared_with_the_baseline_at_one_speed_all_the_same():
+    best = experiment((0.9, 200), (0.9, 200), (0.9, 200), (1.0, 100))
+    assert verdict.comparable(best, BEST) == ([1.0], [1.0, 1.001, 0.999])
+
+
 def test_a_better_score_on_a_slower_machine_is_kept_and_one_on_a_faster_machine_is_doubted():
     assert judge((0.9, 50)).decision == "keep"
     faster = judge((0.9, 200))
