@@ -12,7 +12,6 @@ other file, and no other branch, is touched.
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import functools
 import os
@@ -37,7 +36,7 @@ try:
     from lab.researcher import Enough, Researcher, Search
     from lab.tag import THROW_AWAY, Tag, book_owner
     from lab.view import COLOURS, View, live, say
-    from prepare import DISK_FULL, Pause, Trouble, words
+    from prepare import PASSING, Pause, Trouble, words
 except ModuleNotFoundError as missing:  # a fresh clone
     print(f"agent_loop.py: the package {missing.name} is not installed; run: pip install -e .", file=sys.stderr)
     sys.exit(2)
@@ -65,7 +64,7 @@ class Loop:
             except Enough as enough:
                 return str(enough)
             except (Pause, OSError) as fault:  # every step can be taken again
-                if not isinstance(fault, Pause) and fault.errno not in (*DISK_FULL, errno.EAGAIN, errno.ENOMEM):
+                if not isinstance(fault, Pause) and fault.errno not in PASSING:
                     raise
                 self.say(f"paused: {words(fault)}; trying again in {PAUSE:.0f} s", "yellow")
                 self.news.send("paused, and may need you", words(fault))

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 from exam.files import ROOT
+from exam.fingerprints import read_meta, verify
 from exam.machine import FIT_SPEED, NOMINAL_TFLOPS, ask_speed, machine_flops
 from exam.processes import exit_reason, kill_group
-from exam.rows import read_meta, verify
 from exam.sandbox import room_environment, sandbox_level, sandbox_rules, start_confined
 from exam.watch import last_words
 from prepare import Trouble, cache_root, device_kind, has_gpu, one_line

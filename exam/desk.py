@@ -5,11 +5,13 @@ import contextlib
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 from exam import rows
 from exam.check import check
+from exam.fingerprints import verify
 from exam.machine import answer_speed, machine_flops
 from exam.result import Result, print_summary
 from exam.sandbox import sandbox_level
@@ -17,7 +19,7 @@ from exam.signals import hear_signals
 from exam.syscalls import PR_SET_PDEATHSIG, prctl
 from exam.text import KINDS
 from exam.trial import trial
-from prepare import DISK_FULL, PAUSE_CODE, SEED, TASK, TASKS, Pause, Trouble, get_task, words
+from prepare import PASSING, PAUSE_CODE, SEED, TASK, TASKS, Pause, Trouble, get_task, words
 
 
 def parse_arguments():
@@ -48,11 +50,11 @@ def parse_arguments():
 
 def may_pass(error):
     """Whether a Trouble or an OSError may pass by itself, so that the same is worth trying again later."""
-    return isinstance(error, Pause) or getattr(error, "errno", None) in DISK_FULL
+    return isinstance(error, (Pause, subprocess.SubprocessError)) or getattr(error, "errno", None) in PASSING
 
 
 def hold_trial(arguments):
-    """The command trial; returns its exit code. What keeps it from an end is, before it is raised, in result.json."""
+    """The command trial; returns its exit code. A fault that ends it stands in result.json before it is raised."""
     if arguments.parent:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != arguments.parent:
@@ -61,17 +63,17 @@ def hold_trial(arguments):
     out.mkdir(parents=True, exist_ok=True)
     # Held until this process ends: one that was told to end may still be clearing up here.
     fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX)
-    path = out / "result.json"
-    path.unlink(missing_ok=True)  # an earlier trial's
     if sandbox_level() == "none" or not sandbox:
         print("NO SANDBOX: the candidate can read and write all that you can", file=sys.stderr)
-    limits = arguments.beat, arguments.flops, arguments.warm and arguments.warm.resolve()
+    how = arguments.beat, arguments.flops, arguments.warm and arguments.warm.resolve()
     try:
         task = get_task(arguments.task, arguments.budget)
-        result = trial(arguments.train_py, out, task, arguments.seed, sandbox, *limits)
-    except (Trouble, OSError) as error:
-        with contextlib.suppress(OSError):  # on a full disk the exit code alone tells of it
-            Result("paused" if may_pass(error) else "fault", words(error)).write(path)
+        result = trial(arguments.train_py, out, task, arguments.seed, sandbox, *how)
+    except (Trouble, OSError, subprocess.SubprocessError) as error:
+        path = out / "result.json"
+        if not path.exists():  # an earlier trial's stays where this one has not begun
+            with contextlib.suppress(OSError):  # on a full disk the exit code alone tells of it
+                Result("paused" if may_pass(error) else "fault", words(error)).write(path)
         raise
     print_summary(result)
     return 0 if result.outcome == "ok" else 1
@@ -93,10 +95,10 @@ def main():
         else:
             task = get_task(arguments.task)
             rows.prepare(task, shards=arguments.shards)
-        folder, rate = rows.verify(task), machine_flops(again=True)
+        folder, rate = verify(task), machine_flops(again=True)
         print(f"{task.name} is ready in {folder}; train.py is sized for a machine of {rate / 1e12:.4g} TFLOP/s")
         return 0
-    except (Trouble, OSError) as error:
+    except (Trouble, OSError, subprocess.SubprocessError) as error:
         print(f"prepare.py: {words(error)}", file=sys.stderr)
         return PAUSE_CODE if may_pass(error) else 2
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 from exam.files import write_atomically
@@ -65,14 +64,17 @@ class Result:
             return None
 
     def is_sound(self):
-        """Whether all is of its type, the outcome a known one, and a score there where it has to be."""
+        """Whether all is of its type and finite, the outcome a known one, and a score or a reason there."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            whole = type(value) is int and isinstance(0.0, field.type)  # JSON need not tell 9.0 from 9
-            if not (whole or isinstance(value, field.type)):
+            value, number = getattr(self, field.name), isinstance(0.0, field.type) or isinstance(0, field.type)
+            if number and value is not None:
+                if type(value) not in (int, float) or not abs(value) < 1e18:  # JSON need not tell 9.0 from 9
+                    return False
+            elif not isinstance(value, field.type):
                 return False
-        scored = self.val_bpb is not None and math.isfinite(self.val_bpb)
-        return self.outcome in COUNTED + UNCOUNTED and (scored or self.outcome != "ok")
+        strings = all(isinstance(text, str) for item in self.sha256.items() for text in item)
+        told = (self.val_bpb or 0) > 0 if self.outcome == "ok" else bool(self.reason)
+        return self.outcome in COUNTED + UNCOUNTED and strings and told
 
     def write(self, path):
         """Write the file as a whole or not at all; what is None is left out."""
@@ -100,5 +102,5 @@ def print_summary(result):
     if result.outcome != "ok":
         print(f"outcome:          {result.outcome}\nreason:           {result.reason}")
     for name, key, scale, form in SUMMARY:
-        if value := getattr(result, key):
+        if (value := getattr(result, key)) is not None:
             print(f"{name + ':':<18}{value * scale:{form}}")

@@ -1,6 +1,6 @@
-"""Text into rows, once: tokenise, pack, write, fingerprint; and verify it ever after.
+"""Text into rows, once: tokenise, pack, write, fingerprint. To verify them ever after is for fingerprints.py.
 
-The text itself comes from text.py. Top to bottom: packing, the files of a task's data, preparing them, checking them.
+The text itself comes from text.py. Top to bottom: packing, the files of a task's data, preparing them.
 """
 
 import base64
@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from exam.files import ROOT, cache_lock, sha256, write_atomically
+from exam.files import cache_lock, sha256, write_atomically
+from exam.fingerprints import read_meta, verify
 from exam.text import hub_source, pycode_source, text_documents, text_files
 from exam.tokenizer import build_encoding, load_tokens, train_tokenizer
 from prepare import OWN_NAME, TASKS, Task, Trouble, cache_root, get_task, has_gpu
@@ -228,66 +229,3 @@ def prepare_text(paths, name):
     task = Task(name, name, seq_len, vocab_size, eval_tokens, 300.0, split_long=True)
     prepare(task, lambda: (functools.partial(text_documents, files, share), documents, about))
     return get_task(name)
-
-
-def read_meta(task):
-    """What meta.json says of the task's data; raises OSError or ValueError where it cannot be read."""
-    return json.loads((cache_root() / task.dataset / "meta.json").read_text())
-
-
-def verify(task):
-    """The task's data folder, after checking that it is complete and unchanged; raises Trouble if it is not.
-
-    The large train.bin is checked by its size alone; a change there could not fake a score.
-    """
-    folder = cache_root() / task.dataset
-    run = f"run: python prepare.py {'' if task.name in TASKS else '--text PATH... '}--task {task.name}"
-    again = f"delete {folder} and {run}"
-    try:
-        if not (folder / "meta.json").exists():
-            raise Trouble(f"missing: data for {task.name}; {run}")
-        meta = read_meta(task)
-        if (meta["seq_len"], meta["vocab_size"]) != (task.seq_len, task.vocab_size):
-            raise Trouble(f"the data in {folder} was made for another task; {again}")
-        for part in ("train", "val"):
-            if (folder / f"{part}.bin").stat().st_size != meta[part]["rows"] * (task.seq_len + 1) * 2:
-                raise Trouble(f"{folder}/{part}.bin is truncated or damaged; {again}")
-        for file, key in (("tokenizer.txt", "tokenizer_sha256"), ("val.bin", "val_sha256")):
-            if sha256(folder / file) != meta[key]:
-                raise Trouble(f"{folder}/{file} has changed since it was prepared (its SHA-256 differs); {again}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Trouble(f"{folder} cannot be read ({error}); {again}") from None
-    return folder
-
-
-# The files that can change a score on prepared data: what a candidate is given, what it can reach, when its clock runs
-# and ends, and how its model is scored. What prepares data, sizes a model or talks is not among them: the data have
-# fingerprints of their own, and a tag keeps the size that it was started with.
-FROZEN = (
-    "prepare.py",
-    "exam/limits.py",
-    "exam/tokenizer.py",  # for the bytes of a token
-    "exam/speed.py",  # for the rate by which runs on a slow machine are told
-    "exam/syscalls.py",
-    "exam/sandbox.py",
-    "exam/processes.py",
-    "exam/reader.py",
-    "exam/examiner.py",
-    "exam/compiled.py",  # for what a trial may learn from an earlier one
-    "exam/watch.py",
-    "exam/trial.py",
-)
-
-
-def fingerprints(task):
-    """SHA-256 of everything besides train.py that decides a score: FROZEN, the tokenizer, the validation rows."""
-    verify(task)
-    meta = read_meta(task)
-    frozen = {name: sha256(ROOT / name) for name in FROZEN}
-    return frozen | {"tokenizer": meta["tokenizer_sha256"], "val": meta["val_sha256"]}
-
-
-def changed_since(known):
-    """Those of FROZEN that are not as they were when `known` was made, an earlier fingerprints()."""
-    changed = [name for name in FROZEN if name in known and sha256(ROOT / name) != known[name]]
-    return changed or [name for name in FROZEN if name not in known]

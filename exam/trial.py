@@ -17,14 +17,14 @@ from exam import limits
 from exam.compiled import copy_folder, move_compiled
 from exam.examiner import Examiner, finish_exam
 from exam.files import ROOT, remove
+from exam.fingerprints import fingerprints, read_meta, verify
 from exam.machine import machine_flops
 from exam.processes import end_processes, kill_group
 from exam.result import Result, print_summary
-from exam.rows import fingerprints, read_meta, verify
 from exam.sandbox import examiner_rules, room_environment, sandbox_level, sandbox_rules, start_confined
 from exam.syscalls import PR_SET_CHILD_SUBREAPER, prctl
 from exam.watch import Watch
-from prepare import Pause, device_kind, has_gpu, one_line
+from prepare import Pause, Trouble, device_kind, has_gpu, one_line
 
 
 def memory_errors():
@@ -116,7 +116,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     or OSError, with nothing started, where data or disk are not fit, and Pause where the machine is at fault.
     """
     folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
-    errors = memory_errors()
+    errors, known = memory_errors(), fingerprints(task)
     source = Path(train_py).resolve().read_bytes()
     level = sandbox_level() if sandbox else "none"
     hidden = read_meta(task).get("hidden_folders", [])
@@ -153,8 +153,9 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         raise Pause("the GPU's memory made errors in the trial (nvidia-smi -q -d ECC); a reset or a restart may help")
     facts |= {"task": task.name, "budget": task.time_budget, "seed": seed, "sandbox": level}
     facts |= {"total_seconds": round(time.monotonic() - begun, 3), "python": platform.python_version()}
-    digests = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
-    result = Result(**facts, sha256=digests)
+    if fingerprints(task) != known:
+        raise Trouble("prepare.py, exam/ or the data have changed during the trial; restore them, and hold it again")
+    result = Result(**facts, sha256={"train.py": hashlib.sha256(source).hexdigest(), **known})
     result.write(out / "result.json")
     return result
 
@@ -164,6 +165,9 @@ def score_by_hand(path, task, facts):
     try:
         with Examiner(None) as examiner:
             facts = {"outcome": "ok", **facts} | finish_exam(examiner, path, task, verify(task), None)
+    except Trouble as trouble:
+        print(f"train.py: {trouble}", file=sys.stderr)
+        raise SystemExit(2) from None
     finally:
         shutil.rmtree(path.parent)
     print_summary(Result(**facts))

@@ -14,7 +14,7 @@ import prepare
 from exam.files import ROOT
 from exam.result import Result
 from exam.rows import prepare as prepare_rows
-from prepare import Task, Trouble, words
+from prepare import PAUSE_CODE, Task, Trouble, words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,10 @@ def hold(request: Request) -> Result:
         return result
     code = proctor.returncode
     said = (out / "proctor.log").read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
-    # Exit code 2 is of a prepare.py that does not know the request, as one of another version does not.
-    result = Result("fault" if code == 2 else "lost", "it was killed" if code < 0 else said[-1])
+    # Without a result only these tell: of a disk too full to write one, and of a prepare.py that does not know the
+    # request, as one of another version does not.
+    outcome = {PAUSE_CODE: "paused", 2: "fault"}.get(code, "lost")
+    result = Result(outcome, "it was killed" if code < 0 else said[-1])
     result.write(report)  # where the disk is full this fails as well, and is not held against the candidate
     return result
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import prepare
 from exam.files import ROOT, remove, write_atomically
+from exam.fingerprints import FROZEN, changed_since, fingerprints, verify
 from exam.result import Result
-from exam.rows import changed_since, fingerprints, verify
 from lab.book import Experiment, add_row, best_of, read_book, title
 from lab.repository import Repository
 from lab.researcher import Brief, Draft, Failure, Say, digest
@@ -109,11 +109,12 @@ class Tag:
 
     def check_exam(self):
         """Raise Trouble if the exam is no longer the one that this tag's scores come from."""
-        if changed := changed_since(self.settings["sha256"]):
+        known = self.settings["sha256"]
+        if changed := changed_since(known):
+            restore = f"restore what was (git checkout {self.settings['start']} -- {' '.join(changed)}) or "
             raise Trouble(
                 f"{' and '.join(changed)} {'have' if changed[1:] else 'has'} changed since tag {self.name} was "
-                f"started, so scores would not compare; restore what was (git checkout {self.settings['start']} "
-                f"-- {' '.join(changed)}) or start another --tag"
+                f"started, so scores would not compare; {restore * set(FROZEN).issubset(known)}start another --tag"
             )
 
     def _check_programs(self):

@@ -31,8 +31,8 @@ import prepare  # noqa: E402
 import train  # noqa: E402
 from exam.examiner import examine  # noqa: E402
 from exam.files import sha256  # noqa: E402
+from exam.fingerprints import verify  # noqa: E402
 from exam.machine import ask_speed  # noqa: E402
-from exam.rows import verify  # noqa: E402
 from exam.trial import trial  # noqa: E402
 
 # The task climbmix with a dataset of our own, and a quarter of its validation rows.

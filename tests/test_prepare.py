@@ -15,7 +15,8 @@ from fake_hub import COMMIT, FakeHub, write_parquet
 
 import prepare
 from exam.check import check
-from exam.rows import build, pack, tokenise, verify
+from exam.fingerprints import verify
+from exam.rows import build, pack, tokenise
 from exam.sandbox import openings, sandbox_rules, start_confined
 from exam.text import hidden_folders, pycode_documents, text_documents, text_files
 from exam.tokenizer import build_encoding, load_tokens, token_bytes, train_tokenizer

@@ -636,7 +636,7 @@ def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask):
 
 def test_a_crash_is_repaired_even_after_a_pause_of_its_trial(stage, run):
     (stage / "speeds").write_text("9e15 lost 9e15:crash 9e15")
-    server = FakeAnthropic(lambda request, number: edit("LR = 0.001", f"LR = 0.0{number + 2}", f"idea {number}"))
+    server = FakeAnthropic(lambda _, n: edit("import math\n", f"import math\n\nX = {n}\n", f"idea {n}"))
     loop = [sys.executable, "-c", IMPATIENT, *COMMAND[2:], "--budget", "0.01", "--max-experiments", "3"]
     ended = run(*loop, cwd=stage, env=os.environ | server.environment())
     server.close()

@@ -17,9 +17,9 @@ from conftest import ROOT, TINY, USERS
 
 import prepare
 from exam import limits, sandbox, watch
+from exam.fingerprints import FROZEN
 from exam.processes import kill_group
 from exam.result import Result
-from exam.rows import FROZEN
 from exam.sandbox import sandbox_rules, start_confined
 from exam.trial import trial
 from exam.watch import Watch, last_words
