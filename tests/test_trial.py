@@ -177,6 +177,14 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
         '{"outcome": "ok", "val_bpb": 1.0, "sha256": []}',
         '{"outcome": "ok", "val_bpb": 1.0, "total_seconds": null}',
         '{"outcome": "won", "val_bpb": 1.0}',
+        '{"outcome": "ok", "val_bpb": -1.0}',
+        '{"outcome": "ok", "val_bpb": true}',
+        f'{{"outcome": "ok", "val_bpb": {"9" * 400}}}',
+        f'{{"outcome": "ok", "val_bpb": 1.0, "peak_rss_mb": {"9" * 400}}}',
+        '{"outcome": "ok", "val_bpb": 1.0, "eval_seconds": Infinity}',
+        '{"outcome": "ok", "val_bpb": 1.0, "seed": true}',
+        '{"outcome": "ok", "val_bpb": 1.0, "sha256": {"train.py": 1}}',
+        '{"outcome": "crash"}',
     ],
 )
 def test_a_result_that_is_missing_or_damaged_is_none(content, tmp_path):
@@ -217,6 +225,30 @@ def test_damaged_data_is_named_in_one_sentence_and_nothing_is_started(
     assert os.listdir(tmp_path / "out") == ["result.json"]
     result = Result.read(tmp_path / "out" / "result.json")
     assert result.outcome == "fault" and not result.counted and said.stderr == f"prepare.py: {result.reason}\n"
+
+
+def test_an_exam_that_changes_in_mid_trial_is_a_fault_and_gives_no_score(repository, candidate, tmp_path):
+    out, script = tmp_path / "out", candidate(begun="time.sleep(3)")
+    command = [sys.executable, repository / "prepare.py", "trial", script, "--task", "tiny", "--out", out]
+    trial = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "room").exists():
+        time.sleep(0.05)
+    with open(repository / "exam/examiner.py", "a") as file:
+        file.write("# stricter\n")
+    assert trial.wait(60) == 2 and "have changed during the trial" in trial.stderr.read()
+    assert Result.read(out / "result.json").outcome == "fault"
+
+
+def test_a_file_of_the_owners_that_is_named_like_a_module_changes_no_exam(repository, candidate, run, tmp_path):
+    (repository / "calendar.py").write_text("raise SystemExit('the wrong calendar')\n")
+    command = [sys.executable, "prepare.py", "trial", candidate(), "--task", "tiny", "--out", tmp_path / "out"]
+    assert run(*command, cwd=repository).returncode == 0
+
+
+def test_a_typing_mistake_leaves_an_earlier_result_as_it_is(repository, run, tmp_path):
+    Result("ok", val_bpb=1.25).write(tmp_path / "result.json")
+    command = [sys.executable, "prepare.py", "trial", "nothing.py", "--task", "tiny", "--out", tmp_path]
+    assert run(*command, cwd=repository).returncode == 2 and Result.read(tmp_path / "result.json").val_bpb == 1.25
 
 
 def test_bad_arguments_get_one_sentence_and_exit_code_2(tmp_path, repository, candidate, run):
