@@ -91,9 +91,8 @@ class Tag:
             self.settings = dict(zip(SETTINGS, values))
             write_atomically(self.folder / "meta.json", json.dumps(self.settings, indent=1) + "\n")
         self._load()
-        if self.experiments and self.settings["start"] not in {
-            e.commit for e in self.experiments if e.status == "keep"
-        }:
+        kept = {e.commit for e in self.experiments if e.status == "keep"}
+        if self.experiments and self.settings["start"] not in kept:
             aside = self._put_aside(self.book, self.book.read_bytes())
             self.book.unlink()
             self.say(f"results.tsv had lost its baseline; it is now {aside}, and is written anew from runs/", "yellow")
