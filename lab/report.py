@@ -172,7 +172,8 @@ def draw(tag: Tag, found: Findings, path: Path):
 def _draw_stairs(stairs, found, experiments, kept):
     """Draw the staircase of the best, with every experiment; kept: [(place, experiment)], which are numbered."""
     sigma = found.sigma or 0.0
-    low, high = min(e.val_bpb for _, e in kept), max(e.val_bpb for _, e in kept)
+    low = min(e.val_bpb for e in experiments if e.status != "crash")  # a lucky one may lie below what was kept
+    high = max(e.val_bpb for _, e in kept)
     span = max(high - low, 3 * sigma, 1e-4 * high)
     low, high = low - 0.15 * span, high + 0.25 * span
     edge, size = high - 0.02 * (high - low), min(1.0, (200 / len(experiments)) ** 0.5)
