@@ -224,6 +224,7 @@ def night(tag: Tag, news: News, console: Console, arguments):
         speak(f"tag {tag.name}: task {task.name}, {task.time_budget:g} s a run, sandbox: {level}")
         if level == "none":
             speak("NO SANDBOX: train.py can read and write all that you can", "red")
+        speak("looking whether the machine is fit for a night, as python prepare.py --check does")
         for line in launch.shortcomings(task):
             speak(line, "yellow")
         researcher.check()

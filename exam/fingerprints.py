@@ -60,8 +60,10 @@ FROZEN = (
 
 
 def fingerprints(task):
-    """SHA-256 of everything besides train.py that decides a score: FROZEN, the tokenizer, the validation rows."""
-    verify(task)
+    """SHA-256 of everything besides train.py that decides a score: FROZEN, and tokenizer and validation rows.
+
+    Those of the data are as they were prepared, which verify() holds them to.
+    """
     meta = read_meta(task)
     frozen = {name: sha256(ROOT / name) for name in FROZEN}
     return frozen | {"tokenizer": meta["tokenizer_sha256"], "val": meta["val_sha256"]}

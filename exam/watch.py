@@ -214,7 +214,7 @@ class Watch:
             self.reason += f": {words}" if words else ""
         return {
             "outcome": self.outcome,
-            "reason": self.reason and one_line(self.reason, 2500),
+            "reason": None if self.outcome == "ok" else one_line(self.reason, 2500) or "no reason is given",
             "startup_seconds": round((self.begun or self.ended) - self.started, 3),
             "training_seconds": round(training, 3),
             "cpu_seconds": round(cpu, 3),

@@ -63,6 +63,8 @@ class Findings:
     @property
     def gain_in_words(self) -> str:
         """From the baseline to the best."""
+        if self.best is self.baseline:
+            return f"val_bpb: baseline {self.baseline.val_bpb:.6f}, and nothing better was kept"
         scores = f"baseline {self.baseline.val_bpb:.6f} -> best {self.best.val_bpb:.6f}"
         return f"val_bpb: {scores}, {self.gain:.6f} ({self.gain_percent:.2f}%) lower"
 

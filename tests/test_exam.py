@@ -544,7 +544,7 @@ def test_it_gains_nothing_when_it(attack, known, hold, tmp_path, honest_bpb):
     result = hold(before=known + "\n" + textwrap.dedent(code))
     assert trace in log(tmp_path) and "LEAK" not in log(tmp_path), log(tmp_path)
     assert result.outcome == "ok" or attack in MAY_FAIL, result
-    assert (result.val_bpb or math.inf) > honest_bpb
+    assert result.val_bpb is None or result.val_bpb > honest_bpb
     assert result == Result.read(tmp_path / "out" / "result.json")
     assert not processes_in(tmp_path) and not (tmp_path / "out" / "room").exists()
 
@@ -608,6 +608,14 @@ def test_the_proctor_survives_a_candidate_that(code, hold, tmp_path, capsys):
 def test_a_submission_before_begin_does_not_count(hold):
     result = hold(before=SUBMIT.format(code="open('model.safetensors', 'w')").replace("time.sleep(60)", "sys.exit(0)"))
     assert result.outcome == "crash" and result.training_seconds == 0.0
+
+
+@pytest.mark.parametrize("words", ["", "\x1b\n"])
+def test_a_refusal_without_words_is_an_invalid_result_that_can_be_read(words, hold, tmp_path):
+    fd = 'json.loads(os.environ["AUTORESEARCH_TRIAL"])["fd"]'
+    result = hold(before=f"os.write({fd}, json.dumps({{'refused': {words!r}}}).encode())\ntime.sleep(9)")
+    assert (result.outcome, result.reason) == ("invalid", "no reason is given")
+    assert Result.read(tmp_path / "out" / "result.json") == result
 
 
 def test_a_report_is_reduced_to_short_numbers(hold):

@@ -230,6 +230,7 @@ def test_the_picture_has_room_for_a_discarded_score_below_the_best():
     stairs = Figure().subplots()
     report_module._draw_stairs(stairs, found, list(rows), [(0, rows[0])])
     assert stairs.get_ylim()[0] < 0.8 and stairs.get_ylim()[1] > 1.0
+    assert stairs.get_title(loc="left").endswith("val_bpb: baseline 1.000000, and nothing better was kept")
 
 
 RUNS = ((1.0, "keep", "baseline"), (0.8, "discard", "lucky"), (0.0, "crash", "broken"))
