@@ -195,9 +195,9 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(answer.get("pause", 0))
             if "event" in answer:
                 self.event(answer["event"])
-            self.wfile.write(b"0\r\n\r\n")
         finally:
             server.usage += [(request["model"], last) for last in [*filter(None, charged)][-1:]]
+        self.wfile.write(b"0\r\n\r\n")  # last, so that whoever has the whole answer finds its usage noted
 
     def event(self, event):
         data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()

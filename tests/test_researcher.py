@@ -263,7 +263,7 @@ def test_a_key_that_is_refused_ends_the_start_before_any_trial(repository, run):
         [text("x" * 2**21)],
     ],
 )
-def test_a_fault_costs_a_request_and_no_draft(faults, ask):
+def test_a_fault_costs_a_request_and_no_draft(faults, ask, said):
     server, researcher = ask(*faults, GOOD)
     draft = researcher.draft(BRIEF)
     assert draft.source == CHANGED and draft.description == "ten times the rate"
