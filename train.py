@@ -33,7 +33,8 @@ from prepare import SEED, TASK, begin, device, machine_flops, matmul_dtype
 # Size: everything follows from the compute the budget buys (see size_for).
 EXPECTED_MFU = 0.4  # share of the measured matmul rate that training is expected to reach
 TOKENS_PER_PARAM = 8  # training tokens per matrix parameter: lower means a larger model seeing less text
-TARGET_STEPS = 1250  # optimiser steps to aim for: higher means a smaller batch
+BATCH_TOKENS = 48000  # tokens per optimiser step of a run over 1e8 tokens
+BATCH_EXPONENT = 0.9  # how the batch grows with the tokens of a run
 ASPECT = 64  # model width per layer of depth
 MAX_HEAD_DIM = 128  # attention head width of large models
 MIN_HEADS = 2  # smaller models halve the head width until they have this many heads
@@ -45,9 +46,11 @@ SHORT_WINDOW = 0.125  # span of an S layer as a share of the sequence
 ROTARY_BASE = 200000  # longest rotary wavelength, in tokens over 2 pi
 QK_SCALE = 1.0  # factor on attention scores: higher means sharper attention
 SOFT_CAP = 15.0  # logits are squashed into (-SOFT_CAP, SOFT_CAP)
-PAIR_ROWS = 8  # rows of the pair embedding per token of the vocabulary
+NGRAM_ORDERS = (2, 3)  # how many tokens the hashed embeddings look back on, the present one included
+NGRAM_ROWS = 64  # rows of each n-gram table per token of the vocabulary
+HASH_PRIMES = (7919, 15485863)  # one for each table of an order
 KEY_SHIFT = 0.5  # share of a key's channels that come from the token before
-GATE_CHANNELS = 32  # leading channels that steer the gates of value embeddings and of the token before
+GATE_CHANNELS = 32  # leading channels that steer the gates of values and of the token before
 GATE_RANGE = 2.0  # the gate lies in (0, GATE_RANGE) and starts in the middle
 
 # Initialisation
@@ -59,7 +62,8 @@ X0_INIT = 0.05  # start of each layer's share of the embedding
 
 # Optimisers
 EMBED_LR = 0.9  # AdamW, token and value embeddings, at width 768
-HEAD_LR = 0.005  # AdamW, output head, at width 768
+HEAD_LR = 0.008  # AdamW, output head, at width 768
+NGRAM_LR = 1.0  # row-wise Adagrad, n-gram embeddings, at width 768
 SCALAR_LR = 0.5  # AdamW, x0 scalars
 RESIDUAL_LR = 0.005  # AdamW, residual scalars
 SMEAR_LR = 0.05  # AdamW, gate of the token before
@@ -78,7 +82,7 @@ MOMENTUM_STEPS = 200  # steps over which Muon momentum rises
 MUON_BETA2 = 0.95  # Muon second moment (NorMuon)
 
 # Schedule and loop
-COOLDOWN = 0.75  # last share of the budget, over which learning rates fall linearly
+COOLDOWN = 0.9  # last share of the budget, over which learning rates fall linearly
 FINAL_LR = 0.05  # learning rates end at this share
 DEVICE_TOKENS = 131072  # tokens per forward pass on a GPU; halved at start-up until they fit
 CPU_TOKENS = 2048  # tokens per forward pass on a CPU
@@ -114,14 +118,13 @@ def size_for(compute):
 
     Training N matrix parameters on D tokens costs 6*N*D FLOPs, and the best runs from laptops to an H100 all have D
     near TOKENS_PER_PARAM * N, so compute fixes N. Depth is the one whose real parameter count comes nearest to N.
-    Small budgets are short of optimiser steps before anything else, so the batch gives way: the largest power of two
-    that still leaves TARGET_STEPS.
+    The batch grows a little slower than D, as the best runs on two CPU cores (2^11) and on an H100 (2^17) have it.
     """
     params = math.sqrt(compute / (6 * TOKENS_PER_PARAM))
     per_layer = 4 + 2 * MLP_RATIO  # matrix parameters of a layer over width squared: attention 4, MLP twice its ratio
     depth = min(range(1, 65), key=lambda d: abs(math.log(d * shape_for(d)[0] ** 2 * per_layer / params)))
-    batch = 2 ** max(0, math.floor(math.log2(TOKENS_PER_PARAM * params / TARGET_STEPS)))
-    return depth, *shape_for(depth), max(batch, TASK.seq_len)
+    batch = BATCH_TOKENS * (TOKENS_PER_PARAM * params / 1e8) ** BATCH_EXPONENT
+    return depth, *shape_for(depth), max(2 ** math.floor(math.log2(batch)), TASK.seq_len)
 
 
 # ---- Model. Weights are float32, activations DTYPE: products cast their weights, so autocast is never needed. ----
@@ -176,6 +179,32 @@ def attend(q, k, v, window):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale).reshape(B, H, T, D)
 
 
+class NgramEmbedding(nn.Module):
+    """Embeddings of the n-grams that end in a token, hashed into tables (fastText, arXiv 1607.04606).
+
+    Each has a row of half the width in either of two tables, so that two that share one row differ in the other (hash
+    embeddings, arXiv 1709.03933). All are one parameter with a sparse gradient, so their size costs a step nothing.
+    """
+
+    def __init__(self, vocab_size, dim):
+        super().__init__()
+        self.rows, count = NGRAM_ROWS * vocab_size, len(NGRAM_ORDERS) * len(HASH_PRIMES)
+        self.table = nn.Parameter(torch.zeros(count * self.rows, dim // len(HASH_PRIMES), dtype=DTYPE))
+
+    def forward(self, idx):
+        """int64 tokens [B, T] -> DTYPE [B, T, orders, C]; tokens before the first count as 0."""
+        ids = []
+        for order in NGRAM_ORDERS:
+            for prime in HASH_PRIMES:
+                token = key = idx
+                for _ in range(order - 1):
+                    token = previous(token)
+                    key = key * prime ^ token  # FNV-1
+                ids.append(key % self.rows + len(ids) * self.rows)
+        found = F.embedding(torch.stack(ids, dim=-1), self.table, sparse=self.training)
+        return found.view(*idx.shape, len(NGRAM_ORDERS), -1)
+
+
 class Linear(nn.Linear):
     """Matrix product without bias in the dtype of its input."""
 
@@ -189,7 +218,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, normed queries and keys, and gated value embeddings.
 
-    Norm on queries and keys: ViT-22B, arXiv 2302.05442. Value embeddings, a second embedding table mixed into the
+    Norm on queries and keys: ViT-22B, arXiv 2302.05442. Embeddings of the token and of its n-grams mixed into the
     values: value residual learning, arXiv 2410.17897; gated as in nanochat. Shifted keys: modded-nanogpt.
     """
 
@@ -198,10 +227,11 @@ class Attention(nn.Module):
         self.head_dim, self.window = head_dim, window
         self.query, self.key, self.value = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
         self.out = Linear(dim, dim)
-        self.gate = Linear(min(GATE_CHANNELS, dim), dim // head_dim) if has_value_embed else None
+        gates = (1 + len(NGRAM_ORDERS)) * dim // head_dim
+        self.gate = Linear(min(GATE_CHANNELS, dim), gates) if has_value_embed else None
 
-    def forward(self, x, value_embed, cos, sin):
-        """x: [B, T, C]; value_embed: [B, T, C] or None; returns [B, T, C]."""
+    def forward(self, x, value_embeds, cos, sin):
+        """x: [B, T, C]; value_embeds: [B, T, 1 + orders, C] or None; returns [B, T, C]."""
         B, T, C = x.shape
         # One product is faster than three; as parameters they stay apart because Muon treats each on its own.
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
@@ -215,7 +245,8 @@ class Attention(nn.Module):
         v = qkv[:, :, 2]
         if self.gate is not None:
             gate = GATE_RANGE * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
-            v = v + gate[..., None] * value_embed.view_as(v)
+            heads = B, T, 1 + len(NGRAM_ORDERS), -1
+            v = v + (gate.view(*heads, 1) * value_embeds.view(*heads, self.head_dim)).sum(2)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.window)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -228,18 +259,18 @@ class Block(nn.Module):
         self.attention = Attention(dim, head_dim, window, has_value_embed)
         self.up, self.down = Linear(dim, MLP_RATIO * dim), Linear(MLP_RATIO * dim, dim)
 
-    def forward(self, x, value_embed, cos, sin):
+    def forward(self, x, value_embeds, cos, sin):
         """x: [B, T, C] -> [B, T, C]."""
-        x = x + self.attention(norm(x), value_embed, cos, sin)
+        x = x + self.attention(norm(x), value_embeds, cos, sin)
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
 class GPT(nn.Module):
     """Decoder-only transformer: int64 tokens [B, T] -> float32 logits [B, T, V].
 
-    A gated share of the embedding of the token before is added to each token's. Before each layer the residual stream
-    is scaled and a share of that sum is mixed back in, both by learned scalars (all: modded-nanogpt). Layers with value
-    embeddings get those of token pairs as well, hashed as in fastText. Soft-capped logits: Gemma 2, arXiv 2408.00118.
+    The stream starts from the embeddings of a token and its n-grams, and a gated share of those of the token before.
+    Before each layer it is scaled and a share of its start is mixed back in, both by learned scalars (all:
+    modded-nanogpt). Soft-capped logits: Gemma 2, arXiv 2408.00118.
     """
 
     def __init__(self, vocab_size, seq_len, depth, dim, head_dim):
@@ -250,7 +281,7 @@ class GPT(nn.Module):
         has_value_embed = [i % 2 == (depth - 1) % 2 for i in range(depth)]
         self.embed = nn.Embedding(vocab_size, dim)
         self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, dim) if has else None for has in has_value_embed)
-        self.pair_embed = nn.Embedding(PAIR_ROWS * vocab_size, dim)
+        self.ngram_embed = NgramEmbedding(vocab_size, dim)
         self.blocks = nn.ModuleList(Block(dim, head_dim, w, has) for w, has in zip(self.windows, has_value_embed))
         self.smear = Linear(min(GATE_CHANNELS, dim), 1)
         self.head = Linear(dim, vocab_size)
@@ -269,18 +300,19 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight", "gate.weight", "smear.weight")):
                 nn.init.zeros_(parameter)
-        nn.init.zeros_(self.pair_embed.weight)
         nn.init.normal_(self.embed.weight, std=EMBED_INIT)
         nn.init.normal_(self.head.weight, std=HEAD_INIT)
 
-    def forward(self, idx):
+    def forward(self, idx, ngrams=None):
+        """idx: [B, T]; ngrams: what ngram_embed makes of them, where that is already there."""
+        ngrams = self.ngram_embed(idx) if ngrams is None else ngrams
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        x = norm(self.embed(idx).to(DTYPE))
+        x = norm(self.embed(idx).to(DTYPE) + ngrams.sum(2))
         x = x0 = x + torch.sigmoid(self.smear(x[..., : self.smear.in_features])) * previous(x)
-        pair = self.pair_embed((7919 * previous(idx) + idx) % self.pair_embed.num_embeddings).to(DTYPE)
         for i, (block, table) in enumerate(zip(self.blocks, self.value_embeds)):
             x = self.residual[i] * x + self.x0[i] * x0
-            x = block(x, None if table is None else table(idx).to(DTYPE) + pair, cos, sin)
+            values = None if table is None else torch.cat([table(idx).to(DTYPE)[:, :, None], ngrams], dim=2)
+            x = block(x, values, cos, sin)
         # SOFT_CAP * tanh(z / SOFT_CAP), plus a constant that no softmax can see: sigmoid is several times cheaper than
         # tanh on a CPU, and dividing before the product spares a pass over the largest tensor of the model.
         return 2 * SOFT_CAP * torch.sigmoid(self.head(norm(x) / (SOFT_CAP / 2)).float())
@@ -291,7 +323,7 @@ class GPT(nn.Module):
         return 6 * weights + 12 * self.head.in_features * sum(self.windows)
 
 
-# ---- Optimisers. Muon for the matrices inside the layers, AdamW for everything else. ----
+# ---- Optimisers. Muon for the matrices inside the layers, Adagrad for n-grams, AdamW for everything else. ----
 
 
 def polar_express(x):
@@ -353,13 +385,38 @@ class Muon:
             torch._foreach_copy_(weights, new.unbind())
 
 
-def make_adamw(model):
-    """Fused AdamW over everything outside the layers. Embeddings and head learn faster in narrow models."""
-    width, betas = (model.head.in_features / 768) ** -0.5, (ADAM_BETA1, ADAM_BETA2)
-    values = [*model.value_embeds.parameters(), model.pair_embed.weight]
+class RowAdagrad:
+    """Adagrad (Duchi et al. 2011) with one sum of squares per row, as for the tables of DLRM, from a sparse gradient.
+
+    A row without a gradient neither moves nor changes its state: to leave it unread is exact.
+    """
+
+    def __init__(self, table):
+        """table: [R, W], of any floating dtype."""
+        self.table = table
+        self.energy = torch.zeros(len(table), 1, device=table.device)
+        self.place = torch.zeros(len(table), dtype=torch.int64, device=table.device)
+
+    @torch.no_grad()
+    def step(self, lr):
+        ids, grads = self.table.grad._indices()[0], self.table.grad._values().float()
+        # The gradients of a row meet at one of its places in the batch, and all of them write the same new row: with
+        # shapes that depend on the text, as those of unique rows would, the CPU had to wait for the GPU.
+        self.place[ids] = torch.arange(len(ids), device=ids.device)
+        place = self.place[ids]
+        total = torch.zeros_like(grads).index_add_(0, place, grads)[place]
+        energy = self.energy[ids] + total.square().mean(dim=1, keepdim=True)
+        self.energy[ids] = energy
+        step = lr * total * energy.clamp_min(1e-30).rsqrt()
+        self.table[ids] = (self.table[ids] - step).to(self.table.dtype)
+
+
+def make_adamw(model, width):
+    """Fused AdamW over what the other two leave; width: factor on the rates of embeddings and head."""
+    betas = (ADAM_BETA1, ADAM_BETA2)
     groups = [
         dict(params=[model.embed.weight], peak=EMBED_LR * width, betas=betas, weight_decay=EMBED_DECAY),
-        dict(params=values, peak=EMBED_LR * width, betas=betas, weight_decay=VALUE_DECAY),
+        dict(params=[*model.value_embeds.parameters()], peak=EMBED_LR * width, betas=betas, weight_decay=VALUE_DECAY),
         dict(params=[model.head.weight], peak=HEAD_LR * width, betas=betas, weight_decay=HEAD_DECAY),
         dict(params=[model.smear.weight], peak=SMEAR_LR, betas=betas, weight_decay=0.0),
         dict(params=[model.residual], peak=RESIDUAL_LR, betas=betas, weight_decay=0.0),
@@ -379,12 +436,22 @@ def momentum_at(step):
     return MOMENTUM_START + (MOMENTUM_END - MOMENTUM_START) * min(1.0, step / MOMENTUM_STEPS)
 
 
-def update(adamw, muon, step, progress):
-    """One step of both optimisers at their place in the schedules."""
-    for group in adamw.param_groups:
-        group["lr"] = group["peak"] * lr_at(progress)
-    adamw.step()
-    muon.step(MATRIX_LR * lr_at(progress), momentum_at(step), MATRIX_DECAY * max(0.0, 1 - progress))
+class Optimisers:
+    """All of a model's optimisers, each with its schedule. Embeddings and head learn faster in narrow models."""
+
+    def __init__(self, model):
+        width = (model.head.in_features / 768) ** -0.5
+        self.adamw, self.muon = make_adamw(model, width), Muon(list(model.blocks.parameters()))
+        self.ngrams, self.ngram_lr = RowAdagrad(model.ngram_embed.table), NGRAM_LR * width
+
+    def step(self, step, progress, scale=1.0):
+        """The `step`-th step of each, at this share of the budget; scale: factor on all learning rates."""
+        rate = scale * lr_at(progress)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate * group["peak"]
+        self.adamw.step()
+        self.muon.step(rate * MATRIX_LR, momentum_at(step), MATRIX_DECAY * max(0.0, 1 - progress))
+        self.ngrams.step(scale * self.ngram_lr)
 
 
 # ---- Main ----
@@ -411,42 +478,38 @@ def fast_attention(device):
 def make_loss(model, compiled):
     """loss(x, y) for int64 [B, T] tokens and targets: mean nats per token, float32 0-D."""
 
-    def loss(x, y):
-        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    def loss(x, y, ngrams):
+        return F.cross_entropy(model(x, ngrams).flatten(0, 1), y.flatten())
 
-    # The loss is compiled along with the model: fused, the float32 logits never need to be stored.
-    return torch.compile(loss, dynamic=False) if compiled else loss
+    # The loss is compiled along with the model: fused, the float32 logits never need to be stored. The n-grams are not:
+    # the compiler knows no sparse gradients.
+    step = torch.compile(loss, dynamic=False) if compiled else loss
+    return lambda x, y: step(x, y, model.ngram_embed(x))
 
 
-def rehearse(model, loss_of, rows, device):
-    """Compile and claim memory: two passes and steps on random tokens, which teach the model nothing.
-
-    The second pass meets gradients of the first and the optimisers' state, as every later pass will. Learning rates
-    are zero, and gradients and optimisers are thrown away.
-    """
+def rehearse(model, loss_of, rows, passes, device):
+    """Compile and claim memory: two steps at rates of zero on random tokens; the second is as all that will follow."""
     text = torch.randint(TASK.vocab_size, (rows, TASK.seq_len + 1), device=device)
     # Cut as batches() cuts: code that was compiled for other strides, or for x that is y, would be compiled again.
     x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    adamw, muon = make_adamw(model), Muon(list(model.blocks.parameters()))
-    for group in adamw.param_groups:
-        group["lr"] = 0.0
+    optimisers = Optimisers(model)
     try:
         for _ in range(2):
-            loss_of(x, y).backward()
-            adamw.step()
-            muon.step(0.0, 0.0, 0.0)
+            for _ in range(passes):
+                loss_of(x, y).backward()
+            optimisers.step(0, 0.0, scale=0.0)
     finally:
         model.zero_grad(set_to_none=True)
 
 
-def warm_up(model, loss_of, rows, device):
+def warm_up(model, loss_of, rows, batch_rows, device):
     """Rehearse before the clock starts, with `rows` rows per pass or half as often as it takes; returns how many fit.
 
     Exits with status 1 where a single row does not fit.
     """
     while True:
         try:
-            rehearse(model, loss_of, rows, device)
+            rehearse(model, loss_of, rows, batch_rows // rows, device)
             return rows
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)):
@@ -461,7 +524,7 @@ def warm_up(model, loss_of, rows, device):
         print(f"out of memory ({said}): trying {rows} rows per forward pass", flush=True)
 
 
-def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
+def train(run, model, loss_of, optimisers, rows, passes, peak_flops):
     """Train until the clock runs out; returns (steps, tokens, mfu). Exits with status 1 if the loss diverges."""
     device = model.head.weight.device
     # A GPU runs behind the CPU that feeds it. Letting the CPU lead by one backward pass, and no more, keeps the GPU
@@ -479,7 +542,7 @@ def train(run, model, loss_of, adamw, muon, rows, passes, peak_flops):
         if fence:
             fence.synchronize()
         progress = run.progress
-        update(adamw, muon, step - 1, progress)
+        optimisers.step(step - 1, progress)
         model.zero_grad(set_to_none=True)
         if fence:
             fence.record()
@@ -515,19 +578,19 @@ def main():
     batch_rows = batch_tokens // TASK.seq_len
     rows = max(1, (DEVICE_TOKENS if place.type == "cuda" else CPU_TOKENS) // TASK.seq_len)
     with fast_attention(place):
-        rows = warm_up(model, loss_of, min(rows, batch_rows), place)
+        rows = warm_up(model, loss_of, min(rows, batch_rows), batch_rows, place)
     passes = batch_rows // rows
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     print(f"{size}: depth {depth}, width {dim}; {passes} x {rows} rows of {TASK.seq_len} tokens per step", flush=True)
 
-    adamw, muon = make_adamw(model), Muon(list(model.blocks.parameters()))
+    optimisers = Optimisers(model)
     # A garbage collection in mid-run costs more than what it could free.
     gc.collect()
     gc.freeze()
     gc.disable()
     run = begin(model)
     with fast_attention(place):
-        steps, tokens, mfu = train(run, model, loss_of, adamw, muon, rows, passes, peak_flops)
+        steps, tokens, mfu = train(run, model, loss_of, optimisers, rows, passes, peak_flops)
     print(f"done: {steps} steps, {tokens / 1e6:.1f}M tokens, {size}, MFU {mfu:.1%}", flush=True)
     run.submit(model)
 

@@ -176,8 +176,8 @@ def training():
     tokens = torch.randint(TASK.vocab_size, (max(1, min(train.CPU_TOKENS, batch) // TASK.seq_len), TASK.seq_len))
     passes, loss_of = batch // tokens.numel(), train.make_loss(model, compiled=False)
     matrices = list(model.blocks.parameters())
-    adamw, muon, singles = train.make_adamw(model), train.Muon(matrices), [train.Muon([m]) for m in matrices]
-    unfused = torch.optim.AdamW([{**group, "fused": False} for group in adamw.param_groups])
+    ours, singles = train.Optimisers(model), [train.Muon([m]) for m in matrices]
+    unfused = torch.optim.AdamW([{**group, "fused": False} for group in ours.adamw.param_groups])
     q, k, v = torch.randn(3, 8, dim // head_dim, TASK.seq_len, head_dim, dtype=train.DTYPE)
     window = min(model.windows)
     distance = torch.arange(TASK.seq_len)[:, None] - torch.arange(TASK.seq_len)
@@ -187,6 +187,7 @@ def training():
         unfused.step()
         for single in singles:
             single.step(0.0, 0.9, 0.1)
+        ours.ngrams.step(0.0)
 
     def plain_loss(hidden):  # the last product, the soft cap and the loss, without the rest of the model
         logits = 2 * train.SOFT_CAP * torch.sigmoid(model.head(hidden).float())
@@ -196,17 +197,19 @@ def training():
         both = seconds(lambda: loss_of(tokens, tokens).backward(), 20) * passes
         hidden = torch.randn(*tokens.shape, dim, dtype=train.DTYPE)
         head = seconds(lambda: plain_loss(hidden.clone().requires_grad_()), 20) * passes
-        optimisers = seconds(lambda: train.update(adamw, muon, 0, 1.0), 20)
+        optimisers = seconds(lambda: ours.step(0, 0.5, scale=0.0), 20)
+        ngrams = seconds(lambda: model.ngram_embed(tokens), 20) * passes + seconds(lambda: ours.ngrams.step(0.0), 20)
         plain = seconds(plain_optimisers, 20)
-        ours = seconds(lambda: train.attend(q, k, v, window), 20)
+        chunked = seconds(lambda: train.attend(q, k, v, window), 20)
         banded = seconds(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=band), 20)
     step = both + optimisers
     return [
         ("step: optimisers, against one matrix at a time and AdamW unfused", optimisers, plain),
         ("step: optimisers, against the whole step", optimisers, step),
+        ("step: finding rows of n-grams and moving them, against the whole step", ngrams, step),
         ("step: head and loss, against the whole step", head, step),
         ("step: TFLOP/s, against the measured rate", model.flops_per_token() * batch / step / 1e12, peak / 1e12),
-        ("attention: short window, against a banded mask", ours, banded),
+        ("attention: short window, against a banded mask", chunked, banded),
     ]
 
 

@@ -94,9 +94,12 @@ def trace(function, *inputs):
 
 
 def trace_step(task, size, rows, capability):
-    """(forward, backward, bytes of weights, gradients and optimisers) of a pass of `rows` rows; size: see size_for."""
+    """(forward, backward, bytes of weights, gradients and optimisers) of a pass of `rows` rows; size: see size_for.
+
+    Rows of the n-gram tables are found before the pass and moved after it, outside of the graphs.
+    """
     cudnn = train.ATTENTION_KERNELS[0] == "CUDNN_ATTENTION" and capability[0] in train.CUDNN_CAPABILITY
-    depth, dim, head_dim, _ = size
+    depth, dim, head_dim, batch = size
     with (
         mock.patch.object(F, "scaled_dot_product_attention", cuda_attention(cudnn)),
         mock.patch.object(train, "DTYPE", torch.bfloat16),  # whatever the CPU that traces would take
@@ -105,11 +108,20 @@ def trace_step(task, size, rows, capability):
         model = train.GPT(task.vocab_size, task.seq_len, depth, dim, head_dim)
         text = torch.zeros(rows, task.seq_len + 1, dtype=torch.int64)
         x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-        forward, backward = trace(train.make_loss(model, compiled=False), x, y)
-        adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
-    states = [2 * p.nbytes for group in adamw.param_groups for p in group["params"]]
-    states += [first.nbytes + second.nbytes for _, first, second, _ in muon.groups]
-    return forward, backward, 2 * sum(p.nbytes for p in model.parameters()) + sum(states)
+        ngrams = torch.zeros(*x.shape, len(train.NGRAM_ORDERS), dim, dtype=torch.bfloat16, requires_grad=True)
+
+        def loss(x, y, ngrams):
+            return F.cross_entropy(model(x, ngrams).flatten(0, 1), y.flatten())
+
+        forward, backward = trace(loss, x, y, ngrams)
+        optimisers = train.Optimisers(model)
+    table, dense = model.ngram_embed.table, sum(p.nbytes for p in model.parameters()) - model.ngram_embed.table.nbytes
+    states = [2 * p.nbytes for group in optimisers.adamw.param_groups for p in group["params"]]
+    states += [first.nbytes + second.nbytes for _, first, second, _ in optimisers.muon.groups]
+    states += [table.nbytes, optimisers.ngrams.energy.nbytes, optimisers.ngrams.place.nbytes]
+    # Of the tables a pass holds what it has found, and until the step the gradients of all that a batch has found.
+    found = ngrams.nbytes + max(1, batch // x.numel()) * ngrams.nbytes
+    return forward, backward, 2 * dense + sum(states) + found
 
 
 def saved_bytes(forward):

@@ -200,16 +200,16 @@ def baseline(task, device, flops, scratch):
     loss_of, batch_rows = train.make_loss(model, compiled=device.type == "cuda"), batch // task.seq_len
     with train.fast_attention(device):
         start, rows = time.perf_counter(), min(train.DEVICE_TOKENS // task.seq_len, batch_rows)
-        rows = train.warm_up(model, loss_of, rows, device)
+        rows = train.warm_up(model, loss_of, rows, batch_rows, device)
         passes, graphs = batch_rows // rows, counters["stats"]["unique_graphs"]
         yield Row("baseline", f"depth {depth}, width {dim}, {passes} x {rows} rows per step")
         yield Row("baseline: seconds to compile and warm up", f"{time.perf_counter() - start:.1f}")
         peak = yield from memory_rows("in warm-up", device)
 
-        optimisers = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+        optimisers = train.Optimisers(model)
         start, run = time.perf_counter(), prepare.begin(model)
         yield Row("baseline: seconds of begin()", f"{time.perf_counter() - start:.1f}")
-        *_, mfu = train.train(ShortRun(run, STEPS), model, loss_of, *optimisers, rows, passes, flops)
+        *_, mfu = train.train(ShortRun(run, STEPS), model, loss_of, optimisers, rows, passes, flops)
         later = yield from memory_rows("in training", device, optimisers, peak)
         yield Row("baseline: GB in training beyond those of warm-up", f"{(later - peak) / 1e9:.2f}", later < peak + 3e8)
         step = model.flops_per_token() * batch / (mfu * flops)
@@ -231,9 +231,9 @@ def memory_rows(when, device, optimisers=None, peak=None):
     yield Row(f"baseline: GB of memory at most {when}", f"{most / 1e9:.2f}")
     yield Row(f"baseline: GB free {when}", f"{free / 1e9:.2f} of {total / 1e9:.2f}")
     if optimisers:
-        adamw, muon = optimisers
-        tensors = [value for state in adamw.state.values() for value in state.values()]
-        tensors += [buffer for _, *buffers, _ in muon.groups for buffer in buffers]
+        tensors = [value for state in optimisers.adamw.state.values() for value in state.values()]
+        tensors += [buffer for _, *buffers, _ in optimisers.muon.groups for buffer in buffers]
+        tensors += [optimisers.ngrams.energy, optimisers.ngrams.place]
         yield Row("baseline: GB of the optimisers' state", f"{sum(tensor.nbytes for tensor in tensors) / 1e9:.2f}")
     torch.cuda.reset_peak_memory_stats()
     return most
@@ -280,7 +280,7 @@ def out_of_memory(task, device, flops, scratch):
             torch.cuda.reset_peak_memory_stats()
             model = train.GPT(task.vocab_size, task.seq_len, 1, 128, 64).to(device)
             with train.fast_attention(device):
-                taken.append(train.warm_up(model, train.make_loss(model, compiled=True), rows, device))
+                taken.append(train.warm_up(model, train.make_loss(model, compiled=True), rows, rows, device))
             torch.cuda.set_per_process_memory_fraction(0.4 * torch.cuda.max_memory_reserved() / total)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

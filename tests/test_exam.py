@@ -761,6 +761,42 @@ class Faint(Honest):
         return x + 0.01 * shifted(x)
 
 
+class NgramOfTheNext(Honest):
+    """A hashed embedding of a pair of tokens, of which the second has not come yet."""
+
+    def mix(self, x, tokens):
+        rows = (tokens * 7919 ^ shifted(tokens)) % TINY.vocab_size
+        return x + self.embed(rows)
+
+
+class ResetAtTheNextDocument(Honest):
+    """Leaves the past out where the next token begins a document."""
+
+    def mix(self, x, tokens):
+        last = shifted(tokens) == TINY.vocab_size - 1
+        return torch.where(last[..., None], x, super().mix(x, tokens))
+
+
+class PlaceBeforeTheEnd(Honest):
+    """Knows how many tokens of its document are still to come."""
+
+    def mix(self, x, tokens):
+        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        starts = torch.where(tokens == TINY.vocab_size - 1, places, tokens.shape[1])
+        later = torch.where(places[:, None] > places[:, :, None], starts[:, None], tokens.shape[1])
+        return x + (later.amin(2) - places)[..., None] / 8
+
+
+class InductionWithItsOwnAnswer(Honest):
+    """Looks up what followed a token's last occurrence, and counts the present one as an occurrence."""
+
+    def mix(self, x, tokens):
+        places = torch.arange(tokens.shape[1])
+        same = (tokens[:, :, None] == tokens[:, None]) & (places <= places[:, None])
+        last = torch.where(same, places, -1).amax(2)
+        return x + self.embed(torch.gather(shifted(tokens), 1, last))
+
+
 class BehindInfinity(Honest):
     """Adds the same infinity to the logits that look ahead and to those that do not, so that a difference is NaN."""
 
@@ -811,6 +847,10 @@ LOOKING_AHEAD = (
     AcrossRows,
     OnlyOnNaturalText,
     Faint,
+    NgramOfTheNext,
+    ResetAtTheNextDocument,
+    PlaceBeforeTheEnd,
+    InductionWithItsOwnAnswer,
 )
 
 

@@ -100,12 +100,12 @@ def test_rotary_scores_depend_only_on_the_distance_between_positions():
 def test_attention_equals_its_formula_with_half_of_each_key_from_the_token_before(window):
     attention, (cos, sin) = train.Attention(64, 32, window, True).float(), train.rotary_tables(T, 32)
     torch.nn.init.normal_(attention.gate.weight)
-    x, table = torch.randn(1, T, 64), torch.randn(1, T, 64)
+    x, tables = torch.randn(1, T, 64), torch.randn(1, T, 3, 64)
     q, k, v = (layer(x).view(T, 2, 32).transpose(0, 1) for layer in (attention.query, attention.key, attention.value))
     q, k = (train.norm(train.rotate(part, cos[:, 0, 0], sin[:, 0, 0])) for part in (q, k))
-    v = v + (train.GATE_RANGE * attention.gate(x[..., :32]).sigmoid()).mT.reshape(2, T, 1) * table.view(
-        T, 2, 32
-    ).transpose(0, 1)
+    gates = train.GATE_RANGE * attention.gate(x[..., :32]).sigmoid()[0]
+    for n in range(3):  # the token's own, that of its bigram, that of its trigram
+        v = v + gates[:, 2 * n : 2 * n + 2].T[..., None] * tables[0, :, n].view(T, 2, 32).transpose(0, 1)
     keys = k.clone()
     for pair in range(8, 16):  # the slower half of the 16 rotations
         for channel in (pair, pair + 16):
@@ -113,7 +113,7 @@ def test_attention_equals_its_formula_with_half_of_each_key_from_the_token_befor
     i, j = torch.arange(T)[:, None], torch.arange(T)
     scores = (q @ keys.mT / 32**0.5).masked_fill((j > i) | (j <= i - window), -math.inf)
     expected = attention.out((scores.softmax(-1) @ v).transpose(0, 1).reshape(1, T, 64))
-    torch.testing.assert_close(attention(x, table, cos, sin), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(attention(x, tables, cos, sin), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_logits_never_depend_on_later_tokens():
@@ -135,12 +135,36 @@ def test_every_token_of_the_past_reaches_the_last_logits():
             assert not torch.equal(model(tokens)[0, -1], model(changed)[0, -1])
 
 
-def test_the_embedding_of_a_pair_reaches_the_logits_from_where_it_stands():
+@pytest.mark.parametrize("order, back", [(0, 1), (1, 2)])
+def test_an_ngram_is_found_by_its_tokens_and_by_no_other(order, back):
+    ngrams, tokens = small_model().ngram_embed, torch.randint(V, (1, T))
+    torch.nn.init.normal_(ngrams.table)
+    before = ngrams(tokens)[0, :, order]
+    again = torch.cat([torch.randint(V, (1, 9)), tokens[:, :20]], 1)  # the same text nine positions later
+    torch.testing.assert_close(ngrams(again)[0, 9 + back :, order], before[back:20], rtol=0, atol=0)
+    for distance in range(4):
+        changed = tokens.clone()
+        changed[0, 30 - distance] = (changed[0, 30 - distance] + 1) % V
+        same = torch.equal(ngrams(changed)[0, 30, order], before[30])
+        assert same == (distance > back)
+
+
+def test_two_ngrams_that_share_a_row_of_one_table_differ_in_the_other():
+    ngrams = small_model().ngram_embed
+    ngrams.table.data = torch.arange(len(ngrams.table)).float()[:, None].expand(-1, 32).clone()  # rows by number
+    pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    first, second = ngrams(pairs)[:, 1, 0, [0, -1]].unbind(1)
+    assert len(first.unique()) < len(pairs)  # some do share a row
+    assert len(torch.stack([first, second]).unique(dim=1).T) > 0.999 * len(pairs)
+
+
+def test_an_ngram_reaches_the_logits_from_where_it_ends():
     model = small_model()
     tokens = torch.arange(5, 5 + T)[None] % V
+    row = (tokens[0, 9] * train.HASH_PRIMES[0] ^ tokens[0, 8]) % (train.NGRAM_ROWS * V)
     with torch.no_grad():
         before = model(tokens)
-        model.pair_embed.weight[(7919 * tokens[0, 8] + tokens[0, 9]) % (train.PAIR_ROWS * V)] += 1.0
+        model.ngram_embed.table[row] += 1.0
         moved = (model(tokens) != before).any(-1)[0]
     assert not moved[:9].any() and moved[9]
 
@@ -192,7 +216,7 @@ def test_the_sizing_rule_finds_the_known_best_sizes(monkeypatch):
         monkeypatch.setattr(train.TASK, "seq_len", seq_len)
         return train.size_for(flops * train.EXPECTED_MFU * seconds)
 
-    assert size(800e12, 300, 2048) == (9, 640, 128, 2**18)
+    assert size(800e12, 300, 2048) == (9, 640, 128, 2**17)
     depth, dim, _, batch = size(7.7e11, 60, 256)
     assert (depth, dim, batch) == (2, 128, 2**11)
 
@@ -200,15 +224,15 @@ def test_the_sizing_rule_finds_the_known_best_sizes(monkeypatch):
 @pytest.mark.parametrize(
     "card, teraflops, size",
     [
-        ("RTX 3060", 26, (5, 384, 2**15)),
+        ("RTX 3060", 26, (5, 384, 2**14)),
         ("RTX 3070", 41, (6, 384, 2**15)),
-        ("RTX 3090", 76, (6, 384, 2**16)),
+        ("RTX 3090", 76, (6, 384, 2**15)),
         ("RTX 4090", 163, (7, 512, 2**16)),
-        ("A100", 265, (8, 512, 2**17)),
-        ("H100", 785, (9, 640, 2**18)),
-        ("a cool H100", 860, (9, 640, 2**18)),
-        ("a hot H100", 690, (9, 640, 2**18)),
-        ("B200", 1700, (11, 768, 2**18)),
+        ("A100", 265, (8, 512, 2**16)),
+        ("H100", 785, (9, 640, 2**17)),
+        ("a cool H100", 860, (9, 640, 2**17)),
+        ("a hot H100", 690, (9, 640, 2**17)),
+        ("B200", 1700, (11, 768, 2**17)),
     ],
 )
 def test_known_cards_get_these_sizes_for_climbmix(monkeypatch, card, teraflops, size):
@@ -238,12 +262,11 @@ def test_momentum_rises_and_weight_decay_falls_to_zero():
     assert train.momentum_at(train.MOMENTUM_STEPS / 2) == pytest.approx(middle)
     assert train.momentum_at(10**6) == pytest.approx(train.MOMENTUM_END)
     model = small_model()
-    adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    optimisers = train.Optimisers(model)
+    train.make_loss(model, compiled=False)(*torch.randint(V, (2, 1, T))).backward()
     for progress, decay in ((0.0, train.MATRIX_DECAY), (0.5, train.MATRIX_DECAY / 2), (1.0, 0.0), (1.1, 0.0)):
-        train.update(adamw, muon, 0, progress)
-        assert muon.decay.item() == pytest.approx(decay)
+        optimisers.step(0, progress)
+        assert optimisers.muon.decay.item() == pytest.approx(decay)
 
 
 # The optimisers
@@ -314,11 +337,29 @@ def test_the_stacked_muon_update_equals_one_matrix_at_a_time(shape):
         assert (weights[n] - expected).norm() < 0.02 * moved
 
 
+def test_the_sparse_step_is_that_of_adagrad_with_one_sum_per_row_and_leaves_other_rows_alone():
+    table = torch.nn.Parameter(torch.randn(50, 8))
+    expected, energy, optimiser = table.detach().clone(), torch.zeros(50), train.RowAdagrad(table)
+    for _ in range(4):
+        table.grad = None
+        for _ in range(2):  # passes of a batch, whose gradients come one after the other
+            ids = torch.randint(20, (3, 30))
+            weights = torch.randn(3, 30, 8)
+            (F.embedding(ids, table, sparse=True) * weights).sum().backward()
+        dense = torch.zeros(50, 8)
+        dense.index_put_((table.grad._indices()[0],), table.grad._values(), accumulate=True)
+        energy += dense.square().mean(1)
+        expected -= torch.where(energy[:, None] > 0, 0.1 * dense / energy.sqrt()[:, None], 0.0)
+        optimiser.step(0.1)
+        torch.testing.assert_close(table.detach(), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(table.detach()[20:], expected[20:])
+
+
 def test_every_parameter_belongs_to_exactly_one_optimiser():
     model = small_model()
-    adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
-    held = [id(p) for group in adamw.param_groups for p in group["params"]]
-    held += [id(p) for group, *_ in muon.groups for p in group]
+    optimisers = train.Optimisers(model)
+    held = [id(p) for group in optimisers.adamw.param_groups for p in group["params"]]
+    held += [id(p) for group, *_ in optimisers.muon.groups for p in group] + [id(optimisers.ngrams.table)]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
@@ -332,8 +373,7 @@ def start_training(run, distort=lambda loss: loss):
     def loss_of(x, y):
         return distort(plain_loss(x, y))
 
-    adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
-    return train.train(run, model, loss_of, adamw, muon, rows=2, passes=2, peak_flops=1e12)
+    return train.train(run, model, loss_of, train.Optimisers(model), rows=2, passes=2, peak_flops=1e12)
 
 
 def test_the_loss_falls_when_a_tiny_batch_is_learned_by_heart(capsys):
@@ -358,8 +398,7 @@ def test_training_is_the_same_twice_under_one_seed():
         torch.manual_seed(7)
         run = FakeRun(5)
         model = small_model(2, seed_weights=False)
-        adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
-        train.train(run, model, train.make_loss(model, False), adamw, muon, 2, 1, 1e12)
+        train.train(run, model, train.make_loss(model, False), train.Optimisers(model), 2, 1, 1e12)
         return model.state_dict()
 
     first, second = weights(), weights()
@@ -369,7 +408,7 @@ def test_training_is_the_same_twice_under_one_seed():
 def test_warm_up_leaves_no_trace_in_the_model():
     model = small_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = train.warm_up(model, train.make_loss(model, compiled=False), 2, torch.device("cpu"))
+    rows = train.warm_up(model, train.make_loss(model, compiled=False), 2, 4, torch.device("cpu"))
     assert rows == 2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -386,14 +425,14 @@ def test_running_out_of_memory_in_warm_up_halves_the_rows_until_they_fit():
             raise torch.OutOfMemoryError("too much")
         return loss_of(x, y)
 
-    assert train.warm_up(model, hungry, 8, torch.device("cpu")) == 2
-    assert tried == [8, 4, 2, 2]
+    assert train.warm_up(model, hungry, 8, 8, torch.device("cpu")) == 2
+    assert tried == [8, 4] + 2 * [2, 2, 2, 2]  # two steps of four passes
 
     def insatiable(x, y):
         raise torch.OutOfMemoryError("too much")
 
     with pytest.raises(SystemExit, match="out of memory"):
-        train.warm_up(model, insatiable, 4, torch.device("cpu"))
+        train.warm_up(model, insatiable, 4, 4, torch.device("cpu"))
 
 
 # How libraries say that the GPU's memory is full (sources of torch and Triton, reports), and what only sounds like it.
@@ -424,11 +463,11 @@ def test_libraries_that_run_out_of_memory_in_words_of_their_own_are_understood(w
             raise RuntimeError(words)
         return loss_of(x, y)
 
-    assert train.warm_up(model, hungry, 2, torch.device("cpu")) == 1
+    assert train.warm_up(model, hungry, 2, 2, torch.device("cpu")) == 1
     assert capsys.readouterr().out == f"out of memory ({words.splitlines()[0]}): trying 1 rows per forward pass\n"
     limit = 0
     with pytest.raises(SystemExit, match="out of memory with a single row"):
-        train.warm_up(model, hungry, 1, torch.device("cpu"))
+        train.warm_up(model, hungry, 1, 1, torch.device("cpu"))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -438,7 +477,7 @@ def test_other_faults_in_warm_up_are_not_taken_for_a_lack_of_memory(words):
         raise RuntimeError(words)
 
     with pytest.raises(RuntimeError) as fault:
-        train.warm_up(small_model(1), faulty, 8, torch.device("cpu"))
+        train.warm_up(small_model(1), faulty, 8, 8, torch.device("cpu"))
     assert str(fault.value) == words
 
 
@@ -458,6 +497,7 @@ class MemoryPeak(TorchDispatchMode):
         for tensor in tree_iter(result):
             if (
                 isinstance(tensor, torch.Tensor)
+                and tensor.layout == torch.strided  # the parts of sparse gradients are
                 and (key := (storage := tensor.untyped_storage())._cdata) not in self.alive
             ):
                 self.alive.add(key)
@@ -472,11 +512,10 @@ def test_what_fits_in_warm_up_fits_after_it(passes):
     model, run = small_model(2), FakeRun(3)
     loss_of = train.make_loss(model, compiled=False)
     with MemoryPeak() as warm_up:
-        rows = train.warm_up(model, loss_of, 2, torch.device("cpu"))
+        rows = train.warm_up(model, loss_of, 2, 2 * passes, torch.device("cpu"))
     with MemoryPeak() as training:
-        adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
-        train.train(run, model, loss_of, adamw, muon, rows, passes, 1e12)
-    weights = sum(4 * p.numel() for p in model.parameters())
+        train.train(run, model, loss_of, train.Optimisers(model), rows, passes, 1e12)
+    weights = sum(4 * p.numel() for p in model.parameters() if p is not model.ngram_embed.table)
     assert training.most > 3 * weights  # gradients and the optimisers' state alone
     assert training.most <= warm_up.most + 4096  # scalars, such as the loss
 
@@ -499,12 +538,12 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch, cache, rows):
     model = train.GPT(TINY.vocab_size, TINY.seq_len, 1, 64, 32)
     loss_of, before = train.make_loss(model, compiled=True), counters["stats"]["unique_graphs"]
     with train.fast_attention(torch.device("cpu")):
-        assert train.warm_up(model, loss_of, rows, torch.device("cpu")) == rows
+        assert train.warm_up(model, loss_of, rows, 2 * rows, torch.device("cpu")) == rows
     warm = counters["stats"]["unique_graphs"]
-    adamw, muon = train.make_adamw(model), train.Muon(list(model.blocks.parameters()))
+    optimisers = train.Optimisers(model)
     run = prepare.begin(model)
     with train.fast_attention(torch.device("cpu")):
-        steps, *_ = train.train(run, model, loss_of, adamw, muon, rows, 2, 1e12)
+        steps, *_ = train.train(run, model, loss_of, optimisers, rows, 2, 1e12)
     assert steps > 2 and warm > before
     assert counters["stats"]["unique_graphs"] == warm
 
@@ -584,5 +623,6 @@ def test_every_tensor_is_made_on_the_models_device():
     model = small_model().to("meta")  # tensors of another device cannot meet those of this one
     tokens = torch.zeros(2, T, dtype=torch.int64, device="meta")
     train.make_loss(model, compiled=False)(tokens, tokens).backward()
-    train.Muon(list(model.blocks.parameters())).step(0.1, 0.9, 0.1)
+    optimisers = train.Optimisers(model)
+    optimisers.muon.step(0.1, 0.9, 0.1), optimisers.ngrams.step(0.1)
     assert {p.grad.device.type for p in model.parameters()} == {"meta"}
