@@ -407,8 +407,8 @@ class RowAdagrad:
         total = torch.zeros_like(grads).index_add_(0, place, grads)[place]
         energy = self.energy[ids] + total.square().mean(dim=1, keepdim=True)
         self.energy[ids] = energy
-        step = lr * total * energy.clamp_min(1e-30).rsqrt()
-        self.table[ids] = (self.table[ids] - step).to(self.table.dtype)
+        rows = self.table[ids].float().addcmul_(total, energy.clamp_min(1e-30).rsqrt(), value=-lr)
+        self.table[ids] = rows.to(self.table.dtype)
 
 
 def make_adamw(model, width):
