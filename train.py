@@ -33,8 +33,7 @@ from prepare import SEED, TASK, begin, device, machine_flops, matmul_dtype
 # Size: everything follows from the compute the budget buys (see size_for).
 EXPECTED_MFU = 0.4  # share of the measured matmul rate that training is expected to reach
 TOKENS_PER_PARAM = 8  # training tokens per matrix parameter: lower means a larger model seeing less text
-BATCH_TOKENS = 48000  # tokens per optimiser step of a run over 1e8 tokens
-BATCH_EXPONENT = 0.9  # how the batch grows with the tokens of a run
+BATCH_TOKENS = 48000  # tokens per optimiser step of a run over 1e8 tokens, before it is rounded down to a power of two
 ASPECT = 64  # model width per layer of depth
 MAX_HEAD_DIM = 128  # attention head width of large models
 MIN_HEADS = 2  # smaller models halve the head width until they have this many heads
@@ -47,7 +46,7 @@ ROTARY_BASE = 200000  # longest rotary wavelength, in tokens over 2 pi
 QK_SCALE = 1.0  # factor on attention scores: higher means sharper attention
 SOFT_CAP = 15.0  # logits are squashed into (-SOFT_CAP, SOFT_CAP)
 NGRAM_ORDERS = (2, 3)  # how many tokens the hashed embeddings look back on, the present one included
-NGRAM_ROWS = 64  # rows of each n-gram table per token of the vocabulary
+NGRAM_ROWS = 64  # rows of each n-gram table per token of the vocabulary; saving them takes from the budget
 HASH_PRIMES = (7919, 15485863)  # one for each table of an order
 KEY_SHIFT = 0.5  # share of a key's channels that come from the token before
 GATE_CHANNELS = 32  # leading channels that steer the gates of values and of the token before
@@ -63,7 +62,7 @@ X0_INIT = 0.05  # start of each layer's share of the embedding
 # Optimisers
 EMBED_LR = 0.9  # AdamW, token and value embeddings, at width 768
 HEAD_LR = 0.008  # AdamW, output head, at width 768
-NGRAM_LR = 1.0  # row-wise Adagrad, n-gram embeddings, at width 768
+NGRAM_LR = 1.0  # row-wise Adagrad, n-gram embeddings, at width 768; never cooled down
 SCALAR_LR = 0.5  # AdamW, x0 scalars
 RESIDUAL_LR = 0.005  # AdamW, residual scalars
 SMEAR_LR = 0.05  # AdamW, gate of the token before
@@ -118,16 +117,16 @@ def size_for(compute):
 
     Training N matrix parameters on D tokens costs 6*N*D FLOPs, and the best runs from laptops to an H100 all have D
     near TOKENS_PER_PARAM * N, so compute fixes N. Depth is the one whose real parameter count comes nearest to N.
-    The batch grows a little slower than D, as the best runs on two CPU cores (2^11) and on an H100 (2^17) have it.
+    The batch grows a little slower than D: 2^11 is best here on two CPU cores, and 2^17 in public runs on an H100.
     """
     params = math.sqrt(compute / (6 * TOKENS_PER_PARAM))
     per_layer = 4 + 2 * MLP_RATIO  # matrix parameters of a layer over width squared: attention 4, MLP twice its ratio
     depth = min(range(1, 65), key=lambda d: abs(math.log(d * shape_for(d)[0] ** 2 * per_layer / params)))
-    batch = BATCH_TOKENS * (TOKENS_PER_PARAM * params / 1e8) ** BATCH_EXPONENT
+    batch = BATCH_TOKENS * (TOKENS_PER_PARAM * params / 1e8) ** 0.9
     return depth, *shape_for(depth), max(2 ** math.floor(math.log2(batch)), TASK.seq_len)
 
 
-# ---- Model. Weights are float32, activations DTYPE: products cast their weights, so autocast is never needed. ----
+# ---- Model. Weights are float32, but for n-grams; activations DTYPE. Products cast their weights, not autocast. ----
 
 DTYPE = matmul_dtype()
 
@@ -182,8 +181,9 @@ def attend(q, k, v, window):
 class NgramEmbedding(nn.Module):
     """Embeddings of the n-grams that end in a token, hashed into tables (fastText, arXiv 1607.04606).
 
-    Each has a row of half the width in either of two tables, so that two that share one row differ in the other (hash
-    embeddings, arXiv 1709.03933). All are one parameter with a sparse gradient, so their size costs a step nothing.
+    Each has a row in one table per hash, which holds that share of the width: two that share one row rarely share both
+    (hash embeddings, arXiv 1709.03933). All are one parameter with a sparse gradient, so their size costs a step
+    nothing.
     """
 
     def __init__(self, vocab_size, dim):
@@ -260,7 +260,7 @@ class Block(nn.Module):
         self.up, self.down = Linear(dim, MLP_RATIO * dim), Linear(MLP_RATIO * dim, dim)
 
     def forward(self, x, value_embeds, cos, sin):
-        """x: [B, T, C] -> [B, T, C]."""
+        """x: [B, T, C]; value_embeds: see Attention; returns [B, T, C]."""
         x = x + self.attention(norm(x), value_embeds, cos, sin)
         return x + self.down(F.relu(self.up(norm(x))).square())
 
@@ -304,7 +304,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.head.weight, std=HEAD_INIT)
 
     def forward(self, idx, ngrams=None):
-        """idx: [B, T]; ngrams: what ngram_embed makes of them, where that is already there."""
+        """idx: int64 [B, T]; ngrams: DTYPE [B, T, orders, C], what ngram_embed makes of idx, if it is there already."""
         ngrams = self.ngram_embed(idx) if ngrams is None else ngrams
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
         x = norm(self.embed(idx).to(DTYPE) + ngrams.sum(2))
@@ -394,14 +394,15 @@ class RowAdagrad:
     def __init__(self, table):
         """table: [R, W], of any floating dtype."""
         self.table = table
+        # Of each row, the sum of its gradients' mean squares, and some place in the last batch that holds it.
         self.energy = torch.zeros(len(table), 1, device=table.device)
         self.place = torch.zeros(len(table), dtype=torch.int64, device=table.device)
 
     @torch.no_grad()
     def step(self, lr):
         ids, grads = self.table.grad._indices()[0], self.table.grad._values().float()
-        # The gradients of a row meet at one of its places in the batch, and all of them write the same new row: with
-        # shapes that depend on the text, as those of unique rows would, the CPU had to wait for the GPU.
+        # The gradients of a row meet at one of its places in the batch, and all places write the same new row. Sorting
+        # out unique rows would make the CPU wait for a GPU, to learn how many there are.
         self.place[ids] = torch.arange(len(ids), device=ids.device)
         place = self.place[ids]
         total = torch.zeros_like(grads).index_add_(0, place, grads)[place]
@@ -412,7 +413,7 @@ class RowAdagrad:
 
 
 def make_adamw(model, width):
-    """Fused AdamW over what the other two leave; width: factor on the rates of embeddings and head."""
+    """Fused AdamW over what Muon and Adagrad leave; width: factor on the rates of embeddings and head."""
     betas = (ADAM_BETA1, ADAM_BETA2)
     groups = [
         dict(params=[model.embed.weight], peak=EMBED_LR * width, betas=betas, weight_decay=EMBED_DECAY),
@@ -437,7 +438,7 @@ def momentum_at(step):
 
 
 class Optimisers:
-    """All of a model's optimisers, each with its schedule. Embeddings and head learn faster in narrow models."""
+    """All of a model's optimisers and their schedules. Embeddings and head learn faster in narrow models."""
 
     def __init__(self, model):
         width = (model.head.in_features / 768) ** -0.5
@@ -451,6 +452,7 @@ class Optimisers:
             group["lr"] = rate * group["peak"]
         self.adamw.step()
         self.muon.step(rate * MATRIX_LR, momentum_at(step), MATRIX_DECAY * max(0.0, 1 - progress))
+        # Not cooled down: a row that is first met near the end has everything to learn.
         self.ngrams.step(scale * self.ngram_lr)
 
 
@@ -483,23 +485,22 @@ def make_loss(model, compiled):
 
     # The loss is compiled along with the model: fused, the float32 logits never need to be stored. The n-grams are not:
     # the compiler knows no sparse gradients.
-    step = torch.compile(loss, dynamic=False) if compiled else loss
-    return lambda x, y: step(x, y, model.ngram_embed(x))
+    loss_of = torch.compile(loss, dynamic=False) if compiled else loss
+    return lambda x, y: loss_of(x, y, model.ngram_embed(x))
 
 
 def rehearse(model, loss_of, rows, passes, device):
     """Compile and claim memory: two steps at rates of zero on random tokens; the second is as all that will follow."""
-    text = torch.randint(TASK.vocab_size, (rows, TASK.seq_len + 1), device=device)
-    # Cut as batches() cuts: code that was compiled for other strides, or for x that is y, would be compiled again.
-    x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     optimisers = Optimisers(model)
-    try:
-        for _ in range(2):
+    for _ in range(2):
+        try:
             for _ in range(passes):
-                loss_of(x, y).backward()
+                text = torch.randint(TASK.vocab_size, (rows, TASK.seq_len + 1), device=device)
+                # Cut as batches() cuts: for other strides, or for x that is y, all would be compiled again.
+                loss_of(text[:, :-1].contiguous(), text[:, 1:].contiguous()).backward()
             optimisers.step(0, 0.0, scale=0.0)
-    finally:
-        model.zero_grad(set_to_none=True)
+        finally:
+            model.zero_grad(set_to_none=True)
 
 
 def warm_up(model, loss_of, rows, batch_rows, device):

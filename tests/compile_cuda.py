@@ -109,11 +109,9 @@ def trace_step(task, size, rows, capability):
         text = torch.zeros(rows, task.seq_len + 1, dtype=torch.int64)
         x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         ngrams = torch.zeros(*x.shape, len(train.NGRAM_ORDERS), dim, dtype=torch.bfloat16, requires_grad=True)
-
-        def loss(x, y, ngrams):
-            return F.cross_entropy(model(x, ngrams).flatten(0, 1), y.flatten())
-
-        forward, backward = trace(loss, x, y, ngrams)
+        with mock.patch.object(torch, "compile") as compile_loss:
+            train.make_loss(model, compiled=True)
+        forward, backward = trace(*compile_loss.call_args.args, x, y, ngrams)
         optimisers = train.Optimisers(model)
     table, dense = model.ngram_embed.table, sum(p.nbytes for p in model.parameters()) - model.ngram_embed.table.nbytes
     states = [2 * p.nbytes for group in optimisers.adamw.param_groups for p in group["params"]]

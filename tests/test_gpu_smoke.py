@@ -95,8 +95,8 @@ def test_the_memory_of_a_pass_grows_with_its_rows_and_holds_all_that_must_be_kep
     # Weights, gradients, and the two moments of AdamW or the one of Muon.
     model = train.GPT(8192, 256, 1, 128, 64)
     matrices = sum(p.numel() for p in model.blocks.parameters())
-    table = model.ngram_embed.table.numel()
-    dense = sum(p.numel() for p in model.parameters()) - table
-    # Two bytes for each number of the tables, and for what was found in them twice; a number per row, and its place.
-    ngrams = 2 * table + 12 * table / 64 + 2 * 2 * 4 * 256 * 2 * 128
+    table = model.ngram_embed.table
+    dense = sum(p.numel() for p in model.parameters()) - table.numel()
+    # Two bytes for each number of the tables, and for what was found in them twice; per row a sum and a place.
+    ngrams = 2 * table.numel() + 12 * len(table) + 2 * 2 * 4 * 256 * 2 * 128
     assert held == pytest.approx(4 * (4 * dense - matrices) + ngrams, rel=0.01)

@@ -46,15 +46,16 @@ def small_model(depth=3, seed_weights=True):
 
 
 class FakeRun:
-    """The exam board's side of a run, over one fixed batch; the clock advances by a step at every look."""
+    """The exam board's side of a run, over three batches in turn; the clock advances by a step at every look."""
 
     def __init__(self, steps):
         self.steps, self.looks, self.logged, self.submitted = steps, 0, [], None
 
     def batches(self, rows):
-        text = torch.randint(V, (rows, T + 1), generator=torch.Generator().manual_seed(1))
+        texts = torch.randint(V, (3, rows, T + 1), generator=torch.Generator().manual_seed(1))
         while True:
-            yield text[:, :-1], text[:, 1:]
+            for text in texts:
+                yield text[:, :-1], text[:, 1:]
 
     def log(self, **values):
         self.logged.append(values)
@@ -337,22 +338,36 @@ def test_the_stacked_muon_update_equals_one_matrix_at_a_time(shape):
         assert (weights[n] - expected).norm() < 0.02 * moved
 
 
-def test_the_sparse_step_is_that_of_adagrad_with_one_sum_per_row_and_leaves_other_rows_alone():
-    table = torch.nn.Parameter(torch.randn(50, 8))
-    expected, energy, optimiser = table.detach().clone(), torch.zeros(50), train.RowAdagrad(table)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_the_sparse_step_is_that_of_adagrad_with_one_sum_per_row_and_leaves_other_rows_alone(dtype, tolerance):
+    table = torch.nn.Parameter(torch.randn(50, 8).to(dtype))
+    start, energy, optimiser = table.detach().clone(), torch.zeros(50), train.RowAdagrad(table)
+    expected = start.float()
     for _ in range(4):
         table.grad = None
         for _ in range(2):  # passes of a batch, whose gradients come one after the other
-            ids = torch.randint(20, (3, 30))
-            weights = torch.randn(3, 30, 8)
+            ids, weights = torch.randint(20, (3, 30)), torch.randn(3, 30, 8).to(dtype)
+            ids[0, 0], weights[0, 0] = 30, 0.0  # a row is met, and nothing is to be learned of it
             (F.embedding(ids, table, sparse=True) * weights).sum().backward()
         dense = torch.zeros(50, 8)
-        dense.index_put_((table.grad._indices()[0],), table.grad._values(), accumulate=True)
+        dense.index_put_((table.grad._indices()[0],), table.grad._values().float(), accumulate=True)
         energy += dense.square().mean(1)
         expected -= torch.where(energy[:, None] > 0, 0.1 * dense / energy.sqrt()[:, None], 0.0)
         optimiser.step(0.1)
-        torch.testing.assert_close(table.detach(), expected, atol=1e-5, rtol=1e-4)
-    assert torch.equal(table.detach()[20:], expected[20:])
+        torch.testing.assert_close(table.detach().float(), expected, atol=tolerance, rtol=1e-4)
+    assert torch.equal(table.detach()[20:], start[20:])
+
+
+def test_ngrams_met_at_the_end_of_the_budget_are_learned_at_the_full_rate():
+    model = small_model()
+    torch.nn.init.zeros_(model.ngram_embed.table)
+    optimisers, tokens = train.Optimisers(model), torch.randint(V, (2, 1, T))
+    train.make_loss(model, compiled=False)(*tokens).backward()
+    optimisers.step(1000, 1.0)
+    moved = model.ngram_embed.table.detach().float().square().mean(1).sqrt()
+    expected = torch.full_like(moved[moved > 0], train.NGRAM_LR * (64 / 768) ** -0.5)
+    torch.testing.assert_close(moved[moved > 0], expected, rtol=0.01, atol=0)
+    assert len(expected) == len(model.ngram_embed.table.grad._indices()[0].unique())
 
 
 def test_every_parameter_belongs_to_exactly_one_optimiser():
