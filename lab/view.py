@@ -34,8 +34,8 @@ class View:
         told = [("tag", found.headline)]
         if best := found.best:
             sigma = f"; sigma {found.sigma:.6f}" if found.sigma else ""
-            below = f"{found.gain_percent:.2f}% below baseline{sigma}"
-            told.append(("best", f"{best.val_bpb:.6f} {best.commit}, {below}"))
+            place = "the baseline" if best is found.baseline else f"{found.gain_percent:.2f}% below baseline"
+            told.append(("best", f"{best.val_bpb:.6f} {best.commit}, {place}{sigma}"))
         told.append(("pace", ", ".join(self.pace(found))))
         if running:
             told += self.now(found, running)
