@@ -17,6 +17,7 @@ class Run:
 
     val_bpb: float
     speed: float | None  # matrix-multiply rate of the machine right after it, FLOP/s; None where not known
+    device: str = ""  # its name; "" where not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Experiment:
 
     def after(self, result):
         """The experiment with one more finished run, a Result."""
-        memory, run = max(self.memory_gb, result.memory_gb), Run(result.val_bpb, result.matmul_flops)
+        run = Run(result.val_bpb, result.matmul_flops, result.device or "")
+        memory = max(self.memory_gb, result.memory_gb)
         return dataclasses.replace(self, memory_gb=memory, runs=(*self.runs, run))
 
 

@@ -8,15 +8,16 @@ import dataclasses
 import math
 import statistics
 
-from lab.book import Experiment
+from lab.book import Experiment, Run
 
 BASELINE_RUNS = 3  # they give the first estimate of the noise
 MAX_RUNS = 3  # of one candidate
 KEEP_AT, DISCARD_AT = 0.90, 0.80  # probability that the candidate is better; chosen by tests/nights.py
+CARRY_AT = 0.80  # probability that the candidate is better than what it was made from
 SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which runs compare
+# Which runs compare: those of one speed class, which is a device at about one speed. What is not known always compares.
 
 
 def same_speed(a, b):
@@ -24,9 +25,19 @@ def same_speed(a, b):
     return not a or not b or min(a, b) >= SAME_SPEED * max(a, b)
 
 
-def scores_at(experiment: Experiment, speed) -> list[float]:
-    """Scores of the runs at this machine speed, more or less, and of those at an unknown one."""
-    return [run.val_bpb for run in experiment.runs if same_speed(run.speed, speed)]
+def same_device(a: Run, b: Run):
+    """Whether two runs were on devices of one name; an unknown one may have been."""
+    return not a.device or not b.device or a.device == b.device
+
+
+def same_class(a: Run, b: Run):
+    """Whether the scores of two runs compare."""
+    return same_device(a, b) and same_speed(a.speed, b.speed)
+
+
+def scores_like(experiment: Experiment, run: Run) -> list[float]:
+    """Scores of the runs that compare with `run`."""
+    return [each.val_bpb for each in experiment.runs if same_class(each, run)]
 
 
 def all_scores(experiment: Experiment) -> list[float]:
@@ -35,29 +46,31 @@ def all_scores(experiment: Experiment) -> list[float]:
 
 
 def groups(experiment: Experiment) -> list[list[float]]:
-    """The scores in groups of runs at one machine speed, every run in one of them."""
+    """The scores in groups of runs of one class, every run in one of them."""
     found = []
     for run in experiment.runs:
-        for speed, scores in found:
-            if same_speed(speed, run.speed):
+        for first, scores in found:
+            if same_class(first, run):
                 scores.append(run.val_bpb)
                 break
         else:
-            found.append((run.speed, [run.val_bpb]))
+            found.append((run, [run.val_bpb]))
     return [scores for _, scores in found]
 
 
 def comparable(candidate: Experiment, best: Experiment) -> tuple[list[float], list[float]]:
-    """(scores of the candidate, scores of the best) that compare: at the machine speed of the candidate's last run.
+    """(scores of the candidate, scores of the best) that compare: in the class of the candidate's last run.
 
-    Where the best has no run at that speed, its faster ones are compared with, which do the candidate no favour; it has
-    none at all where the machine was never as fast for it.
+    Where the best has no run in it, its faster ones on the same device are compared with, which do the candidate no
+    favour. Where it has none of these, the class of the run before counts, and so on; without any, it has no scores.
     """
     if not candidate.runs or not best.runs:
         return all_scores(candidate), all_scores(best)
-    speed = candidate.runs[-1].speed
-    faster = [run.val_bpb for run in best.runs if speed and run.speed and run.speed > speed]
-    return scores_at(candidate, speed), scores_at(best, speed) or faster
+    for last in reversed(candidate.runs):
+        faster = [run.val_bpb for run in best.runs if same_device(run, last) and (run.speed or 0) > (last.speed or 0)]
+        if rivals := scores_like(best, last) or faster:
+            return scores_like(candidate, last), rivals
+    return scores_like(candidate, candidate.runs[-1]), []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +88,7 @@ def pooled_noise(score_groups):
 
 
 def noise(experiments):
-    """pooled_noise() of all runs of `experiments`, those at one machine speed apart from those at another."""
+    """pooled_noise() of all runs of `experiments`, those of one class apart from those of another."""
     return pooled_noise([scores for e in experiments for scores in groups(e)])
 
 
@@ -144,8 +157,8 @@ def judge(candidate: Experiment, best: Experiment, others, greedy=False, best_ra
     if greedy:
         scores, rivals = all_scores(candidate), all_scores(best)
     elif len(candidate.runs) > MAX_RUNS:  # the speed never settles, and the mean over all is the best guess
-        scores = all_scores(candidate)
-    decision, reason = "discard", "the machine was never as fast for the best"
+        scores = [run.val_bpb for run in candidate.runs if same_device(run, candidate.runs[-1])]
+    decision, reason = "discard", "no run of the best compares"
     if rivals:
         decision, probability = decide(scores, rivals, GREEDY if greedy else noise([*others, candidate]))
         reason = f"P(better) {probability:.0%}"
@@ -155,13 +168,32 @@ def judge(candidate: Experiment, best: Experiment, others, greedy=False, best_ra
 
 
 def _remedy(candidate, best, best_ran_again):
-    """What to run again before a candidate is discarded at a speed at which the best has no run; else None."""
-    speed = candidate.runs[-1].speed
-    if best_ran_again or not best.runs or scores_at(best, speed):
+    """What to run again before a candidate is discarded in a class in which the best has no run; else None."""
+    last = candidate.runs[-1]
+    if best_ran_again or not best.runs or scores_like(best, last):
         return None
-    usual = best.runs[-1].speed
-    change = f"the machine ran at {speed / usual:.0%} of the speed that it had for the best"
-    unmatched = sum(not scores_at(best, run.speed) for run in candidate.runs)
-    if speed < usual and unmatched == 1 and len(candidate.runs) < MAX_RUNS:  # perhaps it was busy, or hot, for a while
+    usual = [run.speed for run in best.runs if same_device(run, last)]
+    if not usual:
+        return Verdict("best", f"the best has not run on {last.device} yet")
+    change = f"the machine ran at {last.speed / usual[-1]:.0%} of the speed that it had for the best"
+    here = [run for run in candidate.runs if same_device(run, last)]
+    unmatched = sum(not scores_like(best, run) for run in here)
+    if last.speed < usual[-1] and unmatched == 1 and len(here) < MAX_RUNS:  # perhaps it was busy, or hot, for a while
         return Verdict("again", change, unusual=True)
     return Verdict("best", change)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several trials at a time: the best may have changed since a candidate was made
+
+
+def beats_base(candidate: Experiment, base: Experiment, others, greedy=False) -> bool:
+    """Whether a candidate is worth carrying over: its change, made from `base`, onto the best that there is now.
+
+    To be asked for a finished candidate, kept or not, whose base is not the best any more. others: as for judge().
+    """
+    scores, rivals = comparable(candidate, base)
+    if greedy:
+        scores, rivals = all_scores(candidate), all_scores(base)
+    known = GREEDY if greedy else noise([*others, candidate])
+    return bool(rivals) and probability_better(scores, rivals, known) >= CARRY_AT

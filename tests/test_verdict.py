@@ -86,7 +86,7 @@ def test_a_better_score_on_a_slower_machine_is_kept_and_one_on_a_faster_machine_
     faster = judge((0.9, 200))
     assert (faster.decision, faster.reason) == ("best", "the machine ran at 200% of the speed that it had for the best")
     lost = judge((0.9, 200), best_ran_again=True)
-    assert (lost.decision, lost.reason) == ("discard", "the machine was never as fast for the best")
+    assert (lost.decision, lost.reason) == ("discard", "no run of the best compares")
 
 
 def test_without_the_runs_of_the_best_its_row_counts_and_greed_asks_for_no_speed():
@@ -97,6 +97,61 @@ def test_without_the_runs_of_the_best_its_row_counts_and_greed_asks_for_no_speed
 def test_the_noise_of_a_run_is_pooled_within_machine_speeds():
     mixed = experiment((1.0, 100), (1.1, 50), (1.1, 51))
     assert verdict.noise([mixed]) == (0.0, 1) and verdict.groups(mixed) == [[1.0], [1.1, 1.1]]
+    cards = experiment((1.0, 100, "A"), (1.2, 100, "B"), (1.0, 100, "A"))
+    assert verdict.noise([cards]) == (0.0, 1) and verdict.groups(cards) == [[1.0, 1.0], [1.2]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On several devices; a run is (val_bpb, speed, device)
+
+ON_A = experiment((1.0, 100, "A"), (1.001, 100, "A"), (0.999, 100, "A"))
+
+
+def test_a_run_on_another_device_compares_with_none_of_the_best_until_the_best_has_run_there():
+    for score, speed in (1.1, 50), (0.9, 50), (0.9, 100), (0.9, 200):
+        ruling = judge((score, speed, "B"), best=ON_A)
+        assert (ruling.decision, ruling.reason) == ("best", "the best has not run on B yet") and not ruling.unusual
+    on_both = experiment(*[(run.val_bpb, run.speed, run.device) for run in ON_A.runs], (1.2, 51, "B"))
+    assert judge((1.1, 50, "B"), best=on_both, best_ran_again=True).decision == "keep"
+    assert judge((1.1, 100, "A"), best=on_both).decision == "discard"
+
+
+def test_a_best_that_could_not_run_on_the_other_device_says_nothing_about_the_candidate_there():
+    lost = judge((0.9, 100, "B"), best=ON_A, best_ran_again=True)
+    assert (lost.decision, lost.reason) == ("discard", "no run of the best compares")
+
+
+def test_a_slow_run_counts_as_unusual_on_the_device_of_the_best_alone():
+    assert judge((1.1, 50, "A"), best=ON_A).unusual
+    on_both = experiment(*[(run.val_bpb, run.speed, run.device) for run in ON_A.runs], (1.2, 400, "B"))
+    slower = judge((1.3, 200, "B"), best=on_both)
+    assert slower.unusual and slower.reason.startswith("the machine ran at 50%")
+
+
+def test_a_run_whose_device_is_not_known_compares_with_all():
+    assert judge((0.9, 100), best=ON_A).decision == "keep" and judge((0.9, 100, "A")).decision == "keep"
+
+
+def test_a_candidate_that_ran_on_two_devices_is_compared_where_the_best_has_a_run():
+    candidate = experiment((0.9, 100, "A"), (0.8, 100, "B"))
+    assert verdict.comparable(candidate, ON_A) == ([0.9], [1.0, 1.001, 0.999])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several at a time: the best may not be any more what a candidate was made from
+
+
+def test_a_candidate_that_lost_to_a_new_best_but_beat_what_it_was_made_from_is_carried_over():
+    better = experiment((0.8, 100))
+    candidate, others = experiment((0.95, 100)), [BEST, better]
+    assert verdict.judge(candidate, better, others).decision == "discard"
+    assert verdict.beats_base(candidate, BEST, others) and verdict.beats_base(candidate, BEST, others, greedy=True)
+
+
+def test_one_that_did_not_beat_what_it_was_made_from_or_ran_elsewhere_is_not_carried_over():
+    assert not verdict.beats_base(experiment((1.0001, 100)), BEST, [BEST])
+    assert not verdict.beats_base(experiment((1.0001, 100)), BEST, [BEST], greedy=True)
+    assert not verdict.beats_base(experiment((0.9, 100, "B")), ON_A, [ON_A])
 
 
 def test_a_baseline_runs_three_times_and_once_for_the_greedy():
