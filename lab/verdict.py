@@ -13,7 +13,6 @@ from lab.book import Experiment, Run
 BASELINE_RUNS = 3  # they give the first estimate of the noise
 MAX_RUNS = 3  # of one candidate
 KEEP_AT, DISCARD_AT = 0.90, 0.80  # probability that the candidate is better; chosen by tests/nights.py
-CARRY_AT = 0.80  # probability that the candidate is better than what it was made from
 SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,11 +65,17 @@ def comparable(candidate: Experiment, best: Experiment) -> tuple[list[float], li
     """
     if not candidate.runs or not best.runs:
         return all_scores(candidate), all_scores(best)
-    for last in reversed(candidate.runs):
-        faster = [run.val_bpb for run in best.runs if same_device(run, last) and (run.speed or 0) > (last.speed or 0)]
-        if rivals := scores_like(best, last) or faster:
-            return scores_like(candidate, last), rivals
-    return scores_like(candidate, candidate.runs[-1]), []
+    last, rivals = _match(candidate, best)
+    return scores_like(candidate, last), rivals
+
+
+def _match(candidate, best):
+    """(the last run of the candidate with which runs of the best compare, their scores); the last run and [] if none"""
+    for run in reversed(candidate.runs):
+        faster = [each.val_bpb for each in best.runs if same_device(each, run) and (each.speed or 0) > (run.speed or 0)]
+        if rivals := scores_like(best, run) or faster:
+            return run, rivals
+    return candidate.runs[-1], []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,10 +146,11 @@ class Verdict:
 
 
 def judge_baseline(baseline: Experiment, greedy=False) -> Verdict:
-    """It is kept, after as many runs as give a first estimate of the noise."""
-    scores = tuple(run.val_bpb for run in baseline.runs)
+    """It is kept, after as many runs on one device as give a first estimate of the noise."""
+    device = statistics.mode(run.device for run in baseline.runs)
+    scores = tuple(run.val_bpb for run in baseline.runs if run.device == device)
     done = len(scores) >= (1 if greedy else BASELINE_RUNS)
-    return Verdict("keep" if done else "again", f"sigma {pooled_noise([scores])[0]:.6f}", scores)
+    return Verdict("keep" if done else "again", f"sigma {noise([baseline])[0]:.6f}", scores)
 
 
 def judge(candidate: Experiment, best: Experiment, others, greedy=False, best_ran_again=False) -> Verdict:
@@ -157,11 +163,14 @@ def judge(candidate: Experiment, best: Experiment, others, greedy=False, best_ra
     if greedy:
         scores, rivals = all_scores(candidate), all_scores(best)
     elif len(candidate.runs) > MAX_RUNS:  # the speed never settles, and the mean over all is the best guess
-        scores = [run.val_bpb for run in candidate.runs if same_device(run, candidate.runs[-1])]
+        device = _match(candidate, best)[0]
+        scores = [run.val_bpb for run in candidate.runs if same_device(run, device)]
     decision, reason = "discard", "no run of the best compares"
     if rivals:
         decision, probability = decide(scores, rivals, GREEDY if greedy else noise([*others, candidate]))
         reason = f"P(better) {probability:.0%}"
+    if decision == "again" and len(candidate.runs) >= 2 * MAX_RUNS:  # the device changes from run to run
+        decision = "discard"
     if decision != "keep" and not greedy and (remedy := _remedy(candidate, best, best_ran_again)):
         return remedy
     return Verdict(decision, reason, tuple(scores))
@@ -190,10 +199,11 @@ def _remedy(candidate, best, best_ran_again):
 def beats_base(candidate: Experiment, base: Experiment, others, greedy=False) -> bool:
     """Whether a candidate is worth carrying over: its change, made from `base`, onto the best that there is now.
 
-    To be asked for a finished candidate, kept or not, whose base is not the best any more. others: as for judge().
+    To be asked for a finished candidate, kept or not, whose base is not the best any more. One that is in doubt does
+    not run again for this: by tests/nights_parallel.py that is not worth its time. others: as for judge().
     """
     scores, rivals = comparable(candidate, base)
     if greedy:
         scores, rivals = all_scores(candidate), all_scores(base)
     known = GREEDY if greedy else noise([*others, candidate])
-    return bool(rivals) and probability_better(scores, rivals, known) >= CARRY_AT
+    return bool(rivals) and probability_better(scores, rivals, known) >= KEEP_AT

@@ -1,10 +1,13 @@
 """The verdict: how sure a difference is, which runs compare, and what has to run again."""
 
+import dataclasses
 import math
 import random
 
 import nights
+import nights_parallel
 import pytest
+from nights_parallel import Setup
 
 from lab import verdict
 from lab.book import Experiment, Run
@@ -45,6 +48,17 @@ def test_in_simulated_nights_the_rule_keeps_four_times_less_noise_and_nine_tenth
     (_, gain, _, false, _), (_, our_gain, _, our_false, _), _, (_, slow_gain, _, slow_false, _) = nights.table(300)
     assert our_false < false / 4 and our_gain > 0.9 * gain
     assert slow_false < false / 4 and slow_gain > 0.8 * gain
+
+
+def test_in_simulated_nights_with_several_trials_at_a_time_carrying_over_finds_half_as_much_again():
+    with_it, without = (nights_parallel.mean(Setup(16, carries=carries, endless=True), 6) for carries in (True, False))
+    assert with_it["gain"] > 1.5 * without["gain"] and with_it["carried_kept"] > 10 > without["carried"]
+    assert with_it["false"] < with_it["kept"] / 8
+
+
+def test_in_simulated_nights_two_drafts_ahead_for_each_trial_keep_up_with_drafts_that_take_as_long():
+    two, one = (nights_parallel.mean(Setup(4, ahead=ahead), 20)["idle"] for ahead in (2, 1))
+    assert two < 0.01 and one > 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +130,13 @@ def test_a_run_on_another_device_compares_with_none_of_the_best_until_the_best_h
     assert judge((1.1, 100, "A"), best=on_both).decision == "discard"
 
 
+def test_a_baseline_runs_three_times_on_one_device_wherever_else_it_has_run():
+    runs = (1.0, 100, "A"), (1.2, 100, "B"), (1.002, 100, "A"), (1.001, 100, "A")
+    assert verdict.judge_baseline(experiment(*runs[:3])).decision == "again"
+    done = verdict.judge_baseline(experiment(*runs))
+    assert (done.decision, done.reason, done.scores) == ("keep", "sigma 0.001000", (1.0, 1.002, 1.001))
+
+
 def test_a_best_that_could_not_run_on_the_other_device_says_nothing_about_the_candidate_there():
     lost = judge((0.9, 100, "B"), best=ON_A, best_ran_again=True)
     assert (lost.decision, lost.reason) == ("discard", "no run of the best compares")
@@ -135,6 +156,28 @@ def test_a_run_whose_device_is_not_known_compares_with_all():
 def test_a_candidate_that_ran_on_two_devices_is_compared_where_the_best_has_a_run():
     candidate = experiment((0.9, 100, "A"), (0.8, 100, "B"))
     assert verdict.comparable(candidate, ON_A) == ([0.9], [1.0, 1.001, 0.999])
+
+
+@pytest.mark.parametrize("devices, best_runs_there", [("AB", True), ("AB", False), ("ABCDEFGH", True), ("AXYZ", False)])
+def test_a_candidate_whose_device_changes_with_every_run_is_judged_in_the_end(devices, best_runs_there):
+    for seed in range(300):
+        chance, candidate, best, ran_again, decision = random.Random(seed), experiment(), ON_A, False, "again"
+        while decision == "again":
+            run = chance.gauss(0.9988, 0.0001), chance.choice([100, 50]), chance.choice(devices)
+            candidate = experiment(*map(dataclasses.astuple, candidate.runs), run)
+            decision = verdict.judge(candidate, best, [best], best_ran_again=ran_again).decision
+            if decision == "best":
+                there = (1.0, *run[1:])
+                best = experiment(*map(dataclasses.astuple, best.runs), *[there] * best_runs_there)
+                ran_again, decision = True, verdict.judge(candidate, best, [best], best_ran_again=True).decision
+            assert len(candidate.runs) <= 2 * verdict.MAX_RUNS
+        assert decision in ("keep", "discard")
+
+
+def test_runs_on_a_device_that_the_best_has_never_seen_are_not_mixed_with_those_that_compare():
+    candidate = experiment((0.9992, 100, "A"), (0.5, 100, "B"), (0.5, 100, "B"), (0.5, 100, "B"))
+    ruling = judge(*map(dataclasses.astuple, candidate.runs), best=ON_A, best_ran_again=True)
+    assert ruling.scores == (0.9992,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
