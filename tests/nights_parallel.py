@@ -1,9 +1,9 @@
-"""Simulates nights with several trials at a time: python tests/nights_parallel.py [SIZE]. The ideas are those of
-nights.py.
+"""Simulates nights with several trials at a time: python tests/nights_parallel.py [SIZE]. Ideas are as in nights.py.
 
 The verdicts are those of lab/verdict.py, in the order in which the trials end, against the best of that moment. It
-shows what more slots bring, and has chosen when a candidate is carried over, how many drafts are written ahead, and
-that repeats go first. Time is counted in trials of five minutes, which last up to 5 % more or less; a night has 96.
+shows what more slots bring, and has chosen when a candidate is carried over and how many drafts are written ahead;
+whether repeats go first makes no difference to the gain. Time is counted in trials of five minutes, which last up to
+5 % more or less; a night has 96. SIZE: nights of a row with one slot; with more slots as many fewer.
 
 Assumed: ideas run short, so that the share that gains halves with every HALVING bits per byte that the best has gained
 (in the rows "endless" never). Gains of two changes add up, but of those that are carried over one in five does nothing
