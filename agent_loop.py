@@ -11,6 +11,7 @@ other file, and no other branch, is touched.
 """
 
 import argparse
+import asyncio
 import contextlib
 import fcntl
 import functools
@@ -80,7 +81,7 @@ class Loop:
             raise Enough(reason)
         self.say(f"{commit} {draft.description}", "bold")
         if not self.limit_reached(running=1):
-            researcher.think_ahead(tag.brief(running=f"{commit} {draft.description}"))
+            researcher.think_ahead(tag.brief(running=(f"{commit} {draft.description}",)), 1)
         before = tag.best
         experiment, why = self.measure.measure(commit, draft)
         tag.record(experiment)
@@ -96,7 +97,7 @@ class Loop:
 
     def new_candidate(self):
         """(short hash, draft) of a new idea, committed."""
-        draft = self.drafted = self.drafted or self.researcher.draft(self.tag.brief())
+        draft = self.drafted = self.drafted or asyncio.run(self.researcher.draft(self.tag.brief()))
         commit = self.tag.add(draft)
         self.drafts[commit], self.drafted = draft, None
         return commit, draft

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from lab.prompt import MARK, quoted
-from lab.researcher import digest
+from lab.researcher import Draft, digest
 from prepare import one_line
 
 MOST_EDITS, LONGEST_SOURCE = 200, 2**18  # of an answer; characters of a train.py made from it
@@ -82,13 +82,13 @@ def apply_proposal(given, base):
         return None, "Give edits, a list of {old_str, new_str}, or full_source."
     if len(edits) > MOST_EDITS:
         return None, f"These are {len(edits)} edits; give at most {MOST_EDITS}."
-    places, problems, shown = [], [], 0
+    pairs, problems, shown = [], [], 0
     for number, edit in enumerate(edits, 1):
         old, new = (edit.get("old_str"), edit.get("new_str")) if isinstance(edit, dict) else (None, None)
         if not isinstance(old, str) or not isinstance(new, str) or not old:
             problems.append(f"Edit {number}: old_str and new_str must be strings, and old_str not empty.")
         elif (count := base.count(old)) == 1:
-            places.append((base.index(old), base.index(old) + len(old), new))
+            pairs.append((old, new))
         elif count:
             found = itertools.islice(re.finditer(re.escape(old), base), 9)
             starts = [base.count("\n", 0, match.start()) + 1 for match in found]
@@ -100,14 +100,23 @@ def apply_proposal(given, base):
         else:
             problems.append(f"Edit {number} and perhaps others: old_str does not occur.")
             break
-    places.sort()
-    if any(first[1] > second[0] for first, second in itertools.pairwise(places)):
+    if (source := edited(base, pairs)) is None:
         problems.append("Two edits overlap; make them one.")
     if problems:
         return None, "\n".join([*problems, "Nothing was applied. Call again with all the edits."])
+    return source, None
+
+
+def edited(source, edits):
+    """`source` with all the edits (old, new) applied; None where one does not occur exactly once, or two overlap."""
+    if any(source.count(old) != 1 for old, _ in edits):
+        return None
+    places = sorted((source.index(old), source.index(old) + len(old), new) for old, new in edits)
+    if any(first[1] > second[0] for first, second in itertools.pairwise(places)):
+        return None
     for start, end, new in reversed(places):
-        base = base[:start] + new + base[end:]
-    return base, None
+        source = source[:start] + new + source[end:]
+    return source
 
 
 def nearest(old, source):
@@ -190,6 +199,20 @@ def objection(source, base, tried):
     if digest(encoded) in tried:
         return "Exactly this train.py has been tried already; see the history, and propose something else."
     return None
+
+
+def carried_over(draft: Draft, best: str) -> str | None:
+    """The train.py of a draft as a change of `best`, which may be another one than it was made from.
+
+    None for a conflict, and for a draft of which it is not known what it changes.
+    """
+    if not draft.base:
+        return None
+    if best == draft.base:
+        return draft.source
+    # Its edits say best what it meant; where they no longer fit, lines that only one side changed still do.
+    changed = edited(best, draft.edits) if draft.edits else None
+    return changed or merge(best, draft.base, draft.source)
 
 
 def merge(best, base, draft):

@@ -1,27 +1,28 @@
 """A language model as a researcher, asked for one experiment at a time.
 
-Each draft is written in a thread of its own while a trial runs, and carried over to the best train.py when it is due.
+Each draft is written in a thread of its own while trials run, and carried over to the best train.py when it is due.
 """
 
+import asyncio
 import dataclasses
-import hashlib
 import itertools
 import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from lab.answer import apply_proposal, merge, objection, proposal
+from lab.answer import apply_proposal, carried_over, objection, proposal
 from lab.api import Api, Outage, Rejected, Unusable, prices, sent_back, waiting_time
 from lab.book import title
 from lab.prompt import TOOL, briefing, failure_in_words, history, programme
-from lab.researcher import Brief, Draft, Enough, Failure, Researcher, Say
+from lab.researcher import Brief, Draft, Enough, Failure, Researcher, Say, digest
 from prepare import Trouble, one_line
 
 MODEL, FALLBACK = "claude-opus-5-5", "claude-sonnet-5-5"
 MAX_TOKENS = 32_000  # of one answer, its thinking included
 REPAIR_TURNS = 2  # for an answer that cannot be applied
 CRASH_REPAIRS = 2  # for an experiment that crashes
+POLL = 0.1  # seconds between two looks at what the writers have
 
 
 @dataclasses.dataclass
@@ -31,7 +32,6 @@ class Conversation:
     request: dict
     base: str  # the train.py that it shows, which edits refer to
     origin: dict[str, str]  # of its drafts
-    given: dict = dataclasses.field(default_factory=dict)  # the last proposal, as the model made it
     crashes: int = 0
 
     def reply(self, text):
@@ -40,6 +40,19 @@ class Conversation:
         calls = [block["id"] for block in messages[-1]["content"] if block["type"] == "tool_use"]
         answers = [{"type": "tool_result", "tool_use_id": call, "content": text, "is_error": True} for call in calls]
         messages.append({"role": "user", "content": answers or [{"type": "text", "text": text}]})
+
+
+@dataclasses.dataclass(eq=False)
+class Writer:
+    """A thread that writes one draft."""
+
+    number: int  # among those that write at the same time, from 1
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    future: Future = dataclasses.field(default_factory=Future)  # of the Draft
+
+    @property
+    def is_ready(self):
+        return self.future.done() and not self.future.exception()
 
 
 class Model(Researcher):
@@ -53,8 +66,11 @@ class Model(Researcher):
             raise Trouble(f"--max-cost needs a price, and that of {unknown[0]} is not known; leave --max-cost away")
         self.api = Api(self.max_cost, costs, say)
         self.has_key = self.api.has_key
-        self.writing = self.asked = None  # the draft that is being written, and since when
+        self.writers: list[Writer] = []  # of the drafts that nobody has asked for yet, in the order of their start
         self.broken = []  # conversations about experiments that have crashed, to be repaired
+        self.newest: Brief | None = None
+        self.waiting = 0  # callers of draft()
+        self.lock, self.proposed = threading.Lock(), set()  # digest() of every draft of this start
 
     @property
     def spent(self):
@@ -73,39 +89,88 @@ class Model(Researcher):
             self.say(f"{failure}; starting all the same, and asking again when a draft is due", "yellow")
 
     def state(self):
-        writing = self.writing
-        if writing and not writing.done():
-            return f"being drafted, for {time.monotonic() - self.asked:.0f} s so far"
-        return f"ready: {writing.result().description}" if writing and not writing.exception() else ""
+        writers = list(self.writers)
+        ready = [writer for writer in writers if writer.is_ready]
+        started = [writer.started for writer in writers if not writer.future.done()]
+        if not started:
+            count = f"{len(ready)} " if len(ready) > 1 else ""
+            return f"{count}ready: {ready[0].future.result().description}" if ready else ""
+        count = f"{len(started)} " if len(writers) > 1 else ""
+        waits = f"{len(ready)} ready, " if ready else ""
+        return f"{waits}{count}being drafted, for {time.monotonic() - min(started):.0f} s so far"
 
-    def draft(self, brief):
-        while True:
-            self.think_ahead(brief)
-            writing, self.writing = self.writing, None  # even if it has failed: the next try begins anew
-            draft = writing.result()
-            source = carried_over(draft, brief.source)
-            problem = (
-                objection(source, brief.source, brief.tried) if source else "it conflicts with the new best train.py"
-            )
-            if not problem:
-                return dataclasses.replace(draft, source=source)
-            self.say(f"a draft is dropped: {problem.splitlines()[0]} ({draft.description})", "yellow")
+    async def draft(self, brief):
+        self.newest, self.waiting = brief, self.waiting + 1
+        try:
+            while not (draft := self.next_ready()):
+                await asyncio.sleep(POLL)
+            return draft
+        finally:
+            self.waiting -= 1
 
-    def think_ahead(self, brief):
-        if self.writing:
-            return
-        self.writing, self.asked = (future := Future()), time.monotonic()
-        broken = self.broken.pop(0) if self.broken else None
+    def next_ready(self) -> Draft | None:
+        """The first draft that is ready and fits the best train.py; None for now. Raises what has ended the writers."""
+        self.write_ahead(self.waiting)
+        done = [writer for writer in self.writers if writer.future.done()]
+        nobody_writes = len(done) == len(self.writers)
+        for writer in done:
+            if writer.is_ready:
+                self.writers.remove(writer)
+                if draft := self.fitted(writer.future.result()):
+                    return draft
+        if nobody_writes and (failed := [writer for writer in done if not writer.is_ready]):
+            self.writers.clear()  # the next try begins anew
+            raise failed[0].future.exception()
+        return None
 
-        def work():
-            try:
-                future.set_result(self.write(brief, broken))
-            except BaseException as error:  # whatever it is, the loop learns of it when it asks for the draft
-                if isinstance(error, Trouble) and brief.running:
-                    self.say(f"no further draft; the loop ends after this trial: {one_line(error, 200)}", "red")
-                future.set_exception(error)
+    def fitted(self, draft: Draft) -> Draft | None:
+        """A draft as a change of the best train.py; None, which the owner is told, where that is not worth a trial."""
+        best, tried = self.newest.source, self.newest.tried
+        source = carried_over(draft, best)
+        if source is None:
+            problem = "it conflicts with the new best train.py"
+        elif source != draft.source:
+            problem = objection(source, best, tried) or self.repeated(source)
+        else:  # only somebody else's commit can have changed what its writer has found
+            problem = "exactly this train.py has been tried meanwhile" if digest(source.encode()) in tried else None
+        if not problem:
+            return dataclasses.replace(draft, source=source, base=best)
+        self.say(f"a draft is dropped: {problem.splitlines()[0]} ({draft.description})", "yellow")
+        return None
 
-        threading.Thread(target=work, daemon=True).start()  # daemon: Ctrl-C does not wait for an answer
+    def think_ahead(self, brief, count):
+        self.newest = brief
+        self.write_ahead(count)
+
+    def write_ahead(self, count):
+        """Start as many writers as it takes to have `count` drafts, each told what the others are about."""
+        if any(writer.future.done() and not writer.is_ready for writer in self.writers):
+            return  # the loop has to learn of it first
+        started = []
+        at_it = [writer for writer in self.writers if not writer.future.done()]
+        for _ in range(count - len(self.writers)):
+            taken = {writer.number for writer in [*at_it, *started]}
+            started.append(Writer(min(set(range(1, len(taken) + 2)) - taken)))
+        drafted = tuple(writer.future.result().description for writer in self.writers if writer.is_ready)
+        self.writers += started
+        for writer in started:
+            place = writer.number, len(at_it) + len(started)
+            brief = dataclasses.replace(self.newest, drafted=drafted, writer=place)
+            broken = self.broken.pop(0) if self.broken else None
+            # daemon: Ctrl-C does not wait for an answer
+            threading.Thread(target=self.work, args=(writer, brief, broken), daemon=True).start()
+
+    def work(self, writer, brief, broken):
+        """The life of a writer's thread."""
+        try:
+            writer.future.set_result(self.write(brief, broken))
+        except BaseException as error:  # whatever it is, the loop learns of it when it asks for a draft
+            with self.lock:
+                first = not any(other.future.done() and not other.is_ready for other in self.writers)
+                if isinstance(error, Trouble) and brief.running and first:
+                    trials = "this trial" if len(brief.running) == 1 else "these trials"
+                    self.say(f"no further draft; the loop ends after {trials}: {one_line(error, 200)}", "red")
+                writer.future.set_exception(error)
 
     def failed(self, draft: Draft, failure: Failure):
         conversation = draft.memory
@@ -149,8 +214,8 @@ class Model(Researcher):
             request["system"][-1]["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
             request |= {"thinking": {"type": "adaptive"}, "output_config": {"effort": self.effort}}
             request["tool_choice"] = {"type": "auto", "disable_parallel_tool_use": True}
-        digest = hashlib.sha256(wishes.encode()).hexdigest()[:12]
-        return Conversation(request, brief.source, {"Researcher": "llm", "Model": model, "Program": digest})
+        program = digest(wishes.encode())[:12]
+        return Conversation(request, brief.source, {"Researcher": "llm", "Model": model, "Program": program})
 
     def converse(self, conversation: Conversation, tried) -> Draft:
         """The draft that a conversation leads to, mistakes repaired on the way; raises Unusable if it leads nowhere."""
@@ -166,12 +231,20 @@ class Model(Researcher):
             conversation.request["messages"].append({"role": "assistant", "content": sent_back(answer.content)})
             given = proposal(answer.content)
             source, problem = apply_proposal(given, conversation.base)
-            problem = problem or objection(source, conversation.base, tried)
+            problem = problem or objection(source, conversation.base, tried) or self.repeated(source)
             if not problem:
-                conversation.given = given
                 return drafted(given, source, conversation)
             conversation.reply(problem)
         raise Unusable(f"no edit that can be applied ({one_line(problem.splitlines()[0], 120)})")
+
+    def repeated(self, source) -> str | None:
+        """Note a source as proposed, since no Brief knows of drafts; where it has been before, words for its author."""
+        known = digest(source.encode())
+        with self.lock:
+            if known in self.proposed:
+                return "Exactly this train.py has been proposed already and awaits its trial; propose something else."
+            self.proposed.add(known)
+        return None
 
 
 def drafted(given, source, conversation):
@@ -180,14 +253,5 @@ def drafted(given, source, conversation):
     if conversation.crashes and not description.startswith("repair"):
         description = title(f"repair: {description}")
     hypothesis = one_line(hypothesis, 1000) if isinstance(hypothesis, str) else ""
-    return Draft(source, description, hypothesis, conversation.origin, conversation)
-
-
-def carried_over(draft, best):
-    """The source of a draft as a change of `best`, which may be another train.py than it was made from; None if not."""
-    conversation = draft.memory
-    if best == conversation.base:
-        return draft.source
-    # Its edits say best what it meant; where they no longer fit, lines that only one side changed still do.
-    edited = conversation.given.get("edits") and apply_proposal(conversation.given, best)[0]
-    return edited or merge(best, conversation.base, draft.source)
+    edits = tuple((edit["old_str"], edit["new_str"]) for edit in given.get("edits") or ())
+    return Draft(source, description, hypothesis, conversation.origin, conversation.base, edits, conversation)

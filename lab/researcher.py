@@ -1,7 +1,7 @@
 """Who proposes the experiments: what a researcher is told, what it gives, and the one that needs nobody.
 
 A researcher gets a Brief and gives a Draft. It knows neither git nor trials, and shares no state with the loop, so that
-it may think in a thread of its own.
+it may think in threads of its own.
 """
 
 import ast
@@ -42,7 +42,9 @@ class Brief:
     source: str  # the best train.py
     experiments: tuple[Experiment, ...] = ()
     sigma: float | None = None  # standard deviation of one run; None where it is not known
-    running: str = ""  # hash and description of the experiment that is running
+    running: tuple[str, ...] = ()  # hash and description of each experiment that is running
+    drafted: tuple[str, ...] = ()  # description of each draft that waits for its trial
+    writer: tuple[int, int] = (1, 1)  # which one of how many that draft at this moment is told this
     facts: str = ""  # of the best's first run: device, steps, tokens, ...
     tried: frozenset[str] = frozenset()  # digest() of every train.py that was tried
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: train.py} of the last kept ones
@@ -63,6 +65,8 @@ class Draft:
     description: str  # one line
     hypothesis: str = ""
     origin: dict[str, str] = dataclasses.field(default_factory=dict)  # who proposed it: trailers of the commit
+    base: str = ""  # the train.py that it changes; empty where that is not known
+    edits: tuple[tuple[str, str], ...] = ()  # (old, new) as proposed; empty for a whole file, or where not known
     memory: object = dataclasses.field(default=None, compare=False, repr=False)  # the researcher's own, of the talk
 
     @property
@@ -91,15 +95,19 @@ class Researcher:
         """Find out in seconds whether drafts can be had at all. Raises Trouble if a person has to mend something."""
 
     def state(self) -> str:
-        """What the next draft is doing, in a few words for the live view."""
+        """What the next drafts are doing, in a few words for the live view."""
         return ""
 
-    def draft(self, brief: Brief) -> Draft:
-        """The next draft, against the best train.py. Raises Trouble or Enough where there will be none."""
+    async def draft(self, brief: Brief) -> Draft:
+        """The next draft, a change of the best train.py of the newest brief that the researcher has seen.
+
+        Several callers may wait at the same time, each for a draft of its own; to cancel one of them loses nothing.
+        Raises Trouble or Enough where there will be none.
+        """
         raise NotImplementedError
 
-    def think_ahead(self, brief: Brief):
-        """A trial has started: time to prepare the next draft."""
+    def think_ahead(self, brief: Brief, count: int):
+        """Have up to `count` drafts ready or in the making, from now on without being waited for."""
 
     def failed(self, draft: Draft, failure: Failure):
         """The experiment of `draft` has crashed, or its exam was refused."""
@@ -120,14 +128,20 @@ class Search(Researcher):
 
     IMPORTANT = re.compile(r"LR|STEPS|BATCH|PARAM|DEPTH|MOMENTUM|COOLDOWN|RATIO")
 
-    def draft(self, brief):
+    def __init__(self):
+        self.given = set()  # digest() of each draft: the loop may not have been able to commit it yet
+
+    async def draft(self, brief):
         constants = find_constants(brief.source)
-        chance = random.Random(f"{brief.tag} {len(brief.experiments)}")
+        chance, tried = random.Random(f"{brief.tag} {len(brief.experiments)}"), brief.tried | self.given
         for step in [*self.followed(brief, constants), *self.drawn(constants, chance)]:
             changed = set_constants(brief.source, step)
-            if digest(changed.encode()) not in brief.tried:
+            if (known := digest(changed.encode())) not in tried:
+                self.given.add(known)
                 change = ", ".join(f"{name} {constants[name]} -> {new}" for name, new in step.items())
-                return Draft(changed, change, origin={"Researcher": "search"})
+                lines = zip(brief.source.split("\n"), changed.split("\n"))
+                edits = tuple((f"\n{old}\n", f"\n{new}\n") for old, new in lines if old != new)
+                return Draft(changed, change, origin={"Researcher": "search"}, base=brief.source, edits=edits)
         raise Trouble("the search has tried every step it knows from the best train.py; edit train.py, or ask a model")
 
     def followed(self, brief, constants):

@@ -1,6 +1,7 @@
 """The llm researcher: the real SDK against a scripted server, alone and in the real loop."""
 
 import argparse
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -97,6 +98,11 @@ def ask(said, costs, monkeypatch):
     yield ask
     for server in servers:
         server.close()
+
+
+def next_draft(researcher, brief):
+    """The next draft of a researcher, waited for."""
+    return asyncio.run(researcher.draft(brief))
 
 
 def charged(server):
@@ -265,7 +271,7 @@ def test_a_key_that_is_refused_ends_the_start_before_any_trial(repository, run):
 )
 def test_a_fault_costs_a_request_and_no_draft(faults, ask, said):
     server, researcher = ask(*faults, GOOD)
-    draft = researcher.draft(BRIEF)
+    draft = next_draft(researcher, BRIEF)
     assert draft.source == CHANGED and draft.description == "ten times the rate"
     assert len(server.requests) == len(faults) + 1
     if "garbled" not in str(said):  # how much of such an answer goes out before the client hangs up is chance
@@ -279,18 +285,18 @@ def test_a_fault_costs_a_request_and_no_draft(faults, ask, said):
 def test_an_error_that_waiting_does_not_mend_ends_the_run(fault, ask):
     server, researcher = ask(fault, GOOD)
     with pytest.raises(Trouble, match="the API refuses to go on"):
-        researcher.draft(BRIEF)
+        next_draft(researcher, BRIEF)
     assert len(server.requests) == 1
 
 
 def test_a_server_that_hangs_or_is_not_there_is_outlasted(ask, said, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "SILENCE", 0.3)
     server, researcher = ask(GOOD | {"delay": 2}, GOOD)
-    assert researcher.draft(BRIEF).source == CHANGED and len(server.requests) == 2
+    assert next_draft(researcher, BRIEF).source == CHANGED and len(server.requests) == 2
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
     arguments = argparse.Namespace(model="claude-x", fallback_model=None, effort="low", max_cost=None)
     away = Model(arguments, tmp_path / "costs", lambda text, style="": said.append(text))
-    away.think_ahead(BRIEF)
+    away.think_ahead(BRIEF, 1)
     while sum("no connection" in line for line in said) < 3:
         time.sleep(0.01)
     monkeypatch.setattr(api, "waiting_time", lambda failures: 3600.0)  # so that its thread comes to rest
@@ -298,13 +304,13 @@ def test_a_server_that_hangs_or_is_not_there_is_outlasted(ask, said, tmp_path, m
 
 def test_after_two_unusable_answers_the_fallback_is_asked(ask):
     server, researcher = ask(refusal(), refusal(), GOOD)
-    assert researcher.draft(BRIEF).origin["Model"] == "claude-sonnet-5-5"
+    assert next_draft(researcher, BRIEF).origin["Model"] == "claude-sonnet-5-5"
     assert [request["model"][7:11] for request in server.requests] == ["opus", "opus", "sonn"]
 
 
 def test_an_edit_is_repaired_twice_in_its_conversation_and_then_begun_anew(ask):
     server, researcher = ask(edit("nowhere", ""), edit("LR", "RL"), edit("LR = 0.001", "LR ="), GOOD)
-    researcher.draft(BRIEF)
+    next_draft(researcher, BRIEF)
     assert [len(request["messages"]) for request in server.requests] == [1, 3, 5, 1]
     complaint = server.requests[1]["messages"][2]["content"][0]
     assert complaint["type"] == "tool_result" and "does not occur" in complaint["content"]
@@ -315,7 +321,7 @@ def test_max_cost_is_never_exceeded_and_ends_the_loop_in_good_order(ask):
     _, researcher = ask(turn_a_constant, max_cost=0.8)
     with pytest.raises(Enough, match="--max-cost 0.8"):
         for _ in range(1000):
-            researcher.draft(BRIEF)
+            next_draft(researcher, BRIEF)
     assert 0.05 < researcher.spent <= 0.8
     with pytest.raises(Trouble, match="--max-cost needs a price"):
         ask(GOOD, model="qwen", max_cost=1.0)
@@ -349,6 +355,7 @@ def converse(ask):
 
     def converse(contents):
         answers, asked = iter(contents), itertools.count()
+        researcher.proposed.clear()  # a draft may come again here
         conversation = Conversation({"messages": [{"role": "user", "content": "?"}]}, SOURCE, {"Model": "m"})
 
         def answer(request):
@@ -567,7 +574,7 @@ def test_what_candidates_and_models_have_said_reaches_the_model_as_data_alone(st
 
 def test_claude_gets_thinking_and_a_cache_and_a_local_model_neither(ask, costs):
     server, researcher = ask(GOOD)
-    researcher.draft(BRIEF)
+    next_draft(researcher, BRIEF)
     request = server.requests[0]
     assert request["thinking"] == {"type": "adaptive"} and request["output_config"] == {"effort": "medium"}
     assert [("cache_control" in block) for block in request["system"]] == [False, False, False, True]
@@ -576,7 +583,7 @@ def test_claude_gets_thinking_and_a_cache_and_a_local_model_neither(ask, costs):
 
     whole = text(f"description: all of it\nHypothesis: why not\n```python\n{CHANGED}```\nDone.")
     server, researcher = ask(whole, model="qwen3-coder:30b")
-    draft = researcher.draft(BRIEF)
+    draft = next_draft(researcher, BRIEF)
     assert (draft.source, draft.description, draft.hypothesis) == (CHANGED, "all of it", "why not")
     request = server.requests[0]
     assert not {"thinking", "output_config", "tool_choice"} & set(request) and isinstance(request["system"], str)
@@ -607,15 +614,15 @@ def test_edits_are_applied_all_or_none_and_a_miss_shows_the_nearest_lines():
 
 def test_a_draft_is_merged_onto_a_better_train_py_and_a_conflict_costs_a_new_draft(ask, said):
     server, researcher = ask(GOOD, edit("ROWS = 16", "ROWS = 8"), edit("WIDTH = 32", "WIDTH = 64"))
-    researcher.think_ahead(dataclasses.replace(BRIEF, running="f00 something"))
-    researcher.writing.result()
+    researcher.think_ahead(dataclasses.replace(BRIEF, running=("f00 something",)), 1)
+    researcher.writers[0].future.result()
     better = after(BRIEF, "def5678", SOURCE.replace("WIDTH = 32", "WIDTH = 32.0"))  # the very next line
-    assert researcher.draft(better).source == CHANGED.replace("WIDTH = 32", "WIDTH = 32.0")
+    assert next_draft(researcher, better).source == CHANGED.replace("WIDTH = 32", "WIDTH = 32.0")
     assert "f00 something" in server.requests[0]["messages"][0]["content"][0]["text"]
-    researcher.think_ahead(better)
-    researcher.writing.result()
+    researcher.think_ahead(better, 1)
+    researcher.writers[0].future.result()
     better = after(better, "aaa1111", SOURCE.replace("ROWS = 16", "ROWS = 99"))
-    assert "WIDTH = 64" in researcher.draft(better).source and any("conflicts" in line for line in said)
+    assert "WIDTH = 64" in next_draft(researcher, better).source and any("conflicts" in line for line in said)
     base = [f"{number}\n" for number in range(9)]
     ours, theirs = "".join(["x\n", *base[1:]]), "".join([*base[:-1], "y\n"])
     assert merge(ours, "".join(base), theirs) == "".join(["x\n", *base[1:-1], "y\n"])
@@ -626,7 +633,7 @@ def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask):
     server, researcher = ask(*[edit("CRASH = 0", f"CRASH = {n}", f"try {n}") for n in range(1, 5)])
     described, brief = [], BRIEF
     for number in range(4):
-        draft = researcher.draft(brief)
+        draft = next_draft(researcher, brief)
         described.append(draft.description)
         brief = after(brief, f"crash{number}", draft.source, "crash")
         researcher.failed(draft, Failure(f"crash{number}", "crash", "out of luck"))
@@ -676,7 +683,7 @@ def test_the_prompt_at_the_thousandth_experiment_is_that_of_the_fiftieth(ask, tm
     sizes = {}
     for count in (50, 1000):
         server, researcher = ask(edit("\nimport", "\nY = 1\nimport"), edit("import torch\n", "import torch\n\nY = 1\n"))
-        researcher.draft(filled(count, (ROOT / "train.py").read_text()))
+        next_draft(researcher, filled(count, (ROOT / "train.py").read_text()))
         request = server.requests[0]
         sizes[count] = len(json.dumps([request["system"], request["messages"], request["tools"]]))
     print(sizes)
@@ -684,7 +691,7 @@ def test_the_prompt_at_the_thousandth_experiment_is_that_of_the_fiftieth(ask, tm
 
 
 def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failures():
-    told = prompt.history(dataclasses.replace(filled(8, SOURCE), running="f00 something"))
+    told = prompt.history(dataclasses.replace(filled(8, SOURCE), running=("f00 something",)))
     assert "0000007 discard 0.999930 +0.000070 Number 7" in told and "one run is 0.001000" in told
     assert "Running right now, its result is not known yet:\n" + prompt.quoted("f00 something") in told
     assert "The last 7 experiments brought nothing" in told
@@ -695,9 +702,9 @@ def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failu
 def test_the_programme_is_read_for_every_draft_and_the_interface_from_prepare_py(ask, monkeypatch, tmp_path):
     monkeypatch.setattr(prompt, "ROOT", tmp_path)
     server, researcher = ask(GOOD, edit("LR = 0.001", "LR = 0.1"))
-    first = researcher.draft(BRIEF)  # there is none
+    first = next_draft(researcher, BRIEF)  # there is none
     (tmp_path / "program.md").write_text("Look at the embeddings.\n")
-    second = researcher.draft(BRIEF)
+    second = next_draft(researcher, BRIEF)
     assert first.origin != second.origin and re.fullmatch(r"[0-9a-f]{12}", second.origin["Program"])
     assert "Look at the embeddings." in server.requests[1]["system"][1]["text"]
     assert "submit(self, model)" in server.requests[0]["system"][2]["text"]

@@ -1,5 +1,6 @@
 """The built-in researcher, and how a draft is written down."""
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -10,6 +11,10 @@ from prepare import Trouble
 
 SOURCE = 'A_LR = 0.04  # ä\nSTEPS = 1024\nBETA = .95\nWAYS = "x"\nlower = 3\nSPLIT = (1, 2)\nC = 3 * 4\nCOUNT = 1_0\n'
 BRIEF = Brief("t", prepare.TASKS["demo"], SOURCE)
+
+
+def next_draft(researcher, brief):
+    return asyncio.run(researcher.draft(brief))
 
 
 def test_the_search_finds_numbers_and_changes_only_their_text():
@@ -32,24 +37,24 @@ def test_a_number_that_is_none_or_too_large_has_no_steps_and_does_not_end_the_se
         assert steps(text) == []
     source = f'"""\nX = 007\n"""\nBIG = {"9" * 400}\n{SOURCE}'
     kept = {"abc1234": source.replace("0.04", "1_0"), "def5678": source}
-    assert Search().draft(dataclasses.replace(BRIEF, source=source, sources=kept)).description
+    assert next_draft(Search(), dataclasses.replace(BRIEF, source=source, sources=kept)).description
 
 
 def test_the_search_never_repeats_itself_and_says_when_it_has_nothing_left():
     brief = BRIEF
     for _ in range(30):
-        draft = Search().draft(brief)
+        draft = next_draft(Search(), brief)
         known = digest(draft.source.encode())
         assert known not in brief.tried and draft.source != SOURCE and " -> " in draft.description
         brief = dataclasses.replace(brief, tried=brief.tried | {known})
     last = dataclasses.replace(BRIEF, source="COUNT = 1\n", tried=frozenset([digest(b"COUNT = 2\n")]))
     with pytest.raises(Trouble, match="tried every step"):
-        Search().draft(last)
+        next_draft(Search(), last)
 
 
 def test_the_search_goes_one_step_further_after_a_kept_change():
     kept = {"abc1234": SOURCE.replace("0.04", "0.02"), "def5678": SOURCE}
-    assert Search().draft(dataclasses.replace(BRIEF, sources=kept)).description == "A_LR 0.04 -> 0.08"
+    assert next_draft(Search(), dataclasses.replace(BRIEF, sources=kept)).description == "A_LR 0.04 -> 0.08"
 
 
 def test_a_draft_survives_as_a_commit_message_and_an_owners_message_is_none():
