@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -44,12 +45,20 @@ class Unusable(Exception):
     """An answer that nothing can be made of; worth asking again in a new conversation."""
 
 
+class Own(threading.local):
+    """What concerns one thread."""
+
+    spent = 0.0  # dollars
+
+
 class Api:
-    """The client of one start of the loop, which counts what it has spent and stops at a limit."""
+    """The client of one start of the loop, for any number of threads; counts what they spend, and stops at a limit."""
 
     def __init__(self, max_cost: float | None, costs: Path, say: Say):
         """max_cost: dollars, None for no limit; costs: a JSON-lines file that each request is written to."""
         self.max_cost, self.costs, self.say, self.spent = max_cost, costs, say, 0.0
+        self.own, self.voice = Own(), threading.Lock()
+        self.money, self.in_flight = threading.Condition(), []  # what each request in flight may cost at most
         url = os.environ.get("ANTHROPIC_BASE_URL", "").strip()
         self.elsewhere = bool(url) and not re.match(r"https://([\w-]+\.)*anthropic\.com(?=[:/]|$)", url)
         if self.elsewhere and not re.match(r"https?://[^/]", url):
@@ -69,18 +78,24 @@ class Api:
 
     def ask(self, request):
         """The answer to a request, however long the API is away. Raises Trouble, Enough or Unusable."""
-        started = time.monotonic()
-        for failures in itertools.count():
-            try:
-                answer = self.send(request)
-            except Outage as outage:
-                seconds = max(waiting_time(failures), min(outage.seconds, LONGEST_RETRY_AFTER))
-                self.say(f"{outage}; trying again in {seconds:.0f} s", "yellow")
-                time.sleep(seconds)
-                continue
-            if failures and time.monotonic() - started > 60:
-                self.say(f"the API answers again, after {(time.monotonic() - started) / 60:.0f} minutes")
-            return answer
+        started, speaks = time.monotonic(), False  # one of those whom an outage keeps waiting speaks of it
+        try:
+            for failures in itertools.count():
+                try:
+                    answer = self.send(request)
+                except Outage as outage:
+                    seconds = max(waiting_time(failures), min(outage.seconds, LONGEST_RETRY_AFTER))
+                    speaks = speaks or self.voice.acquire(blocking=False)
+                    if speaks:
+                        self.say(f"{outage}; trying again in {seconds:.0f} s", "yellow")
+                    time.sleep(seconds)
+                    continue
+                if speaks and time.monotonic() - started > 60:
+                    self.say(f"the API answers again, after {(time.monotonic() - started) / 60:.0f} minutes")
+                return answer
+        finally:
+            if speaks:
+                self.voice.release()
 
     def send(self, request):
         """One request and its whole answer; counts what it cost, even if the answer breaks off.
@@ -90,38 +105,54 @@ class Api:
         import anthropic
         import httpx2
 
-        self.refuse_beyond_limit(request)
         streams, outcome = [], "broken"
-        try:
-            answer = self.receive(request, streams)
-            outcome = answer.stop_reason
-            return answer
-        except anthropic.APIStatusError as error:
-            raise judged(error) from None
-        except (anthropic.APIConnectionError, httpx2.HTTPError, OSError) as error:
-            raise Outage(f"no connection to the API ({one_line(error.__cause__ or error, 120)})") from None
-        except anthropic.APIError as error:
-            raise Outage(f"the API's answer is none ({one_line(error, 120)})") from None
-        except anthropic.AnthropicError as error:
-            raise Trouble(f"the credentials for the API cannot be used: {one_line(error, 200)}") from None
-        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            # What the SDK makes of bytes that are not what the Messages API says.
-            if any(map(snapshot, streams)):
-                raise Unusable(f"the answer is garbled ({one_line(error, 120)})") from None
-            raise Outage("what answers is not the Messages API; is there a proxy, or a wrong URL?") from None
-        finally:
-            for message in filter(None, map(snapshot, streams)):
-                self.count(request["model"], message.usage, outcome)
+        with self.reserved(request):
+            try:
+                answer = self.receive(request, streams)
+                outcome = answer.stop_reason
+                return answer
+            except anthropic.APIStatusError as error:
+                raise judged(error) from None
+            except (anthropic.APIConnectionError, httpx2.HTTPError, OSError) as error:
+                raise Outage(f"no connection to the API ({one_line(error.__cause__ or error, 120)})") from None
+            except anthropic.APIError as error:
+                raise Outage(f"the API's answer is none ({one_line(error, 120)})") from None
+            except anthropic.AnthropicError as error:
+                raise Trouble(f"the credentials for the API cannot be used: {one_line(error, 200)}") from None
+            except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                # What the SDK makes of bytes that are not what the Messages API says.
+                if any(map(snapshot, streams)):
+                    raise Unusable(f"the answer is garbled ({one_line(error, 120)})") from None
+                raise Outage("what answers is not the Messages API; is there a proxy, or a wrong URL?") from None
+            finally:
+                for message in filter(None, map(snapshot, streams)):
+                    self.count(request["model"], message.usage, outcome)
 
-    def refuse_beyond_limit(self, request):
-        """Raise Enough if the longest possible answer to a request, with nothing cached, could exceed max_cost."""
+    @contextlib.contextmanager
+    def reserved(self, request):
+        """Set the cost of the longest possible answer, with nothing cached, aside while the request is in flight.
+
+        Where max_cost has no room for it beside the other requests in flight, it waits for what they leave. Raises
+        Enough where there is no room without them either.
+        """
         if self.max_cost is None:
+            yield
             return
         paid = prices(request["model"])
         most = (len(json.dumps(request)) / 3 * max(paid[0], paid[2]) + request["max_tokens"] * paid[1]) / 1e6
-        if self.spent + most > self.max_cost:
-            spent = f"${self.spent:.2f} of --max-cost {self.max_cost:g} are spent"
-            raise Enough(f"{spent}, and one more request may cost ${most:.2f}")
+        with self.money:
+            while self.spent + most <= self.max_cost < self.spent + sum(self.in_flight) + most:
+                self.money.wait()
+            if self.spent + most > self.max_cost:
+                spent = f"${self.spent:.2f} of --max-cost {self.max_cost:g} are spent"
+                raise Enough(f"{spent}, and one more request may cost ${most:.2f}")
+            self.in_flight.append(most)
+        try:
+            yield
+        finally:
+            with self.money:
+                self.in_flight.remove(most)
+                self.money.notify_all()
 
     def receive(self, request, streams):
         """Read the answer to a request to its end; the stream is put into `streams` as soon as it is there."""
@@ -145,11 +176,13 @@ class Api:
         told = {name: getattr(usage, field, None) for name, field in TOKENS.items()}
         tokens = {name: min(max(0, n), 10**9) if isinstance(n, int) else 0 for name, n in told.items()}
         usd = sum(tokens[name] * price for name, price in zip(TOKENS, prices(model) or (0,) * 4)) / 1e6
-        self.spent += usd
         line = {"time": int(time.time()), "model": model, "outcome": outcome, **tokens, "usd": round(usd, 8)}
         self.costs.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.costs, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.own.spent += usd
+        with self.money:
+            self.spent += usd
+            with open(self.costs, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def sent_back(content):

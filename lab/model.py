@@ -102,6 +102,7 @@ class Model(Researcher):
     async def draft(self, brief):
         self.newest, self.waiting = brief, self.waiting + 1
         try:
+            await asyncio.sleep(0)  # so that writers for all who ask at this moment start together, and know it
             while not (draft := self.next_ready()):
                 await asyncio.sleep(POLL)
             return draft
@@ -188,11 +189,11 @@ class Model(Researcher):
     def write(self, brief: Brief, conversation: Conversation | None) -> Draft:
         """The draft that `conversation` leads to when it is carried on, or new ones until one succeeds."""
         for attempt in itertools.count():
-            started, before = time.monotonic(), self.spent
+            started, before = time.monotonic(), self.api.own.spent
             conversation = conversation or self.open(brief, self.models[attempt % 3 == 2])
             try:
                 draft = self.converse(conversation, brief.tried)
-                cost = f", ${self.spent - before:.4f}" if self.spent > before else ""
+                cost = f", ${self.api.own.spent - before:.4f}" if self.api.own.spent > before else ""
                 self.say(f"drafted in {time.monotonic() - started:.0f} s{cost}: {draft.description}", "dim")
                 return draft
             except Unusable as unusable:

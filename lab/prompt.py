@@ -113,7 +113,7 @@ def interface():
 # What is new each time
 
 # Its room, in tokens of about three characters. Fifty experiments fill it, and a thousand take no more.
-ROWS_ROOM, DIFFS_ROOM, FAILURES_ROOM, FLIGHT_ROOM = 2500, 1000, 800, 1500
+ROWS_ROOM, DIFFS_ROOM, FAILURES_ROOM, FLIGHT_ROOM = 2500, 1000, 800, 3000
 STUCK_AFTER = 5  # discards in a row
 
 

@@ -21,7 +21,10 @@ from pathlib import Path
 
 
 def message(*content, stop_reason="end_turn", **how):
-    """A message with these blocks. `how`: cut=N ends the stream after N events, in good order; drop=N tears it."""
+    """A message with these blocks. `how`: cut=N ends the stream after N events, in good order; drop=N tears it;
+
+    delay=S, or until=EVENT, keeps it back for so long; output=N is the number of tokens it is charged for.
+    """
     return {"content": list(content), "stop_reason": stop_reason, **how}
 
 
@@ -108,6 +111,7 @@ class FakeAnthropic(ThreadingHTTPServer):
     """The server, running from its creation to close(). `requests` and `usage` are what it got and what it charged."""
 
     daemon_threads = True
+    request_queue_size = 64  # of connections made at the same moment
 
     def __init__(self, script, port=0, delay=0.0):
         super().__init__(("127.0.0.1", port), Handler)
@@ -138,7 +142,7 @@ class FakeAnthropic(ThreadingHTTPServer):
             "input_tokens": tokens(request["messages"]) + (0 if prefix else tokens(system)),
             "cache_creation_input_tokens": 0 if known else size,
             "cache_read_input_tokens": size if known else 0,
-            "output_tokens": tokens(answer["content"]),
+            "output_tokens": answer.get("output", tokens(answer["content"])),
         }
 
     def handle_error(self, *_):
@@ -165,6 +169,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, request, answer):
         server = self.server
         time.sleep(answer.get("delay", server.delay))
+        if "until" in answer:
+            answer["until"].wait(30)
         if "html" in answer:
             return self.whole(200, answer["html"].encode(), "text/html")
         if "status" in answer:

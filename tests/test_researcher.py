@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -11,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -34,11 +36,11 @@ from test_night import IMPATIENT
 
 import prepare
 from lab import api, model, prompt
-from lab.answer import apply_proposal, merge, nearest
+from lab.answer import apply_proposal, carried_over, merge, nearest
 from lab.book import Experiment, title
 from lab.findings import json_lines
 from lab.model import Conversation, Model
-from lab.researcher import Brief, Enough, Failure, digest
+from lab.researcher import Brief, Draft, Enough, Failure, digest
 from prepare import Trouble
 
 SOURCE = (ROOT / "tests" / "quick_train.py").read_text()
@@ -325,6 +327,165 @@ def test_max_cost_is_never_exceeded_and_ends_the_loop_in_good_order(ask):
     assert 0.05 < researcher.spent <= 0.8
     with pytest.raises(Trouble, match="--max-cost needs a price"):
         ask(GOOD, model="qwen", max_cost=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several writers at a time
+
+
+def next_drafts(researcher, brief, count):
+    """What as many callers get that wait at the same time: drafts, or what was raised."""
+
+    async def wait():
+        return await asyncio.gather(*(researcher.draft(brief) for _ in range(count)), return_exceptions=True)
+
+    return asyncio.run(wait())
+
+
+def until_done(researcher):
+    """Wait until nobody writes."""
+    for writer in researcher.writers:
+        concurrent.futures.wait([writer.future], 30)
+
+
+def width(number, **how):
+    """An answer that nobody else gives."""
+    return edit("WIDTH = 32", f"WIDTH = {100 + number}", f"idea {number}", **how)
+
+
+def last_words(request):
+    """What a request tells of the experiments and of the other writers."""
+    return request["messages"][0]["content"][0]["text"]
+
+
+def test_several_writers_are_told_to_differ_and_what_waits_and_runs_and_each_caller_gets_a_draft_of_its_own(ask):
+    everybody = threading.Event()
+
+    def script(request, number):
+        if number == 3:
+            everybody.set()
+        return width(number, until=everybody)
+
+    server, researcher = ask(script)
+    brief = dataclasses.replace(BRIEF, running=("f00 something", "ba4 something else"))
+    drafts = next_drafts(researcher, brief, 4)
+    assert sorted(draft.description for draft in drafts) == [f"idea {number}" for number in range(4)]
+    assert {draft.base for draft in drafts} == {SOURCE} and len({draft.source for draft in drafts}) == 4
+    told = [last_words(request) for request in server.requests]
+    assert sorted(re.search(r"You are number (\d)\.", words)[1] for words in told) == ["1", "2", "3", "4"]
+    assert all("4 of you" in words and "f00 something\nba4 something else\n" in words for words in told)
+    # They share what the cache holds.
+    assert len({json.dumps(request["system"]) for request in server.requests}) == 1
+
+    researcher.think_ahead(brief, 2)
+    until_done(researcher)
+    assert researcher.state().startswith("2 ready: idea ")
+    everybody.clear()
+    researcher.think_ahead(brief, 3)
+    assert re.fullmatch(r"2 ready, 1 being drafted, for \d s so far", researcher.state())
+    everybody.set()
+    until_done(researcher)
+    words = last_words(server.requests[-1])
+    assert re.search(r"not to be repeated either:\n<data-\w+>\nidea [45]\nidea [45]\n</data", words)
+    assert "You are number" not in words and len(server.requests) == 7
+
+
+def test_the_only_writer_is_told_of_no_others(ask):
+    server, researcher = ask(GOOD)
+    next_draft(researcher, dataclasses.replace(BRIEF, running=("f00 something",)))
+    words = last_words(server.requests[0])
+    assert words == prompt.history(dataclasses.replace(BRIEF, running=("f00 something",)))
+    assert "Drafted already" not in words and "You are number" not in words
+
+
+def test_of_two_writers_with_the_same_idea_the_second_is_sent_back(ask):
+    both = threading.Event()
+
+    def script(request, number):
+        if number == 1:
+            both.set()
+        return width(7, until=both) if number < 2 else width(8)
+
+    server, researcher = ask(script)
+    assert sorted(draft.description for draft in next_drafts(researcher, BRIEF, 2)) == ["idea 7", "idea 8"]
+    assert "has been proposed already" in str(server.requests[2]["messages"][-1])
+    # Nor is what one caller has and has not committed yet proposed to the next.
+    server.script = lambda request, number: width(7) if number == 3 else width(9)
+    assert next_draft(researcher, BRIEF).description == "idea 9" and len(server.requests) == 5
+
+
+@pytest.mark.parametrize("fault", [error(401, words="invalid x-api-key"), spend_limit()])
+def test_what_is_ready_goes_out_before_the_loop_learns_that_there_will_be_no_more(fault, ask, said):
+    server, researcher = ask(lambda request, number: fault if number % 2 else GOOD)
+    brief, everybody = dataclasses.replace(BRIEF, running=("f00 one", "ba4 two")), threading.Event()
+
+    def script(request, number):
+        if number == 2:
+            everybody.set()
+        return (GOOD if number == 0 else fault) | {"until": everybody}
+
+    server.script = script
+    researcher.think_ahead(brief, 3)
+    until_done(researcher)
+    assert sum("no further draft; the loop ends after these trials: the API refuses" in line for line in said) == 1
+    researcher.think_ahead(brief, 3)
+    assert len(server.requests) == 3  # nobody begins what cannot succeed
+    assert next_draft(researcher, BRIEF).source == CHANGED
+    with pytest.raises(Trouble, match="the API refuses to go on"):
+        next_draft(researcher, BRIEF)
+    server.script = lambda request, number: width(number)
+    assert next_draft(researcher, BRIEF).description == "idea 3"
+
+
+def test_to_wait_for_a_draft_holds_up_nothing_and_to_give_up_waiting_loses_nothing(ask, said, capfd, caplog):
+    written = threading.Event()
+    server, researcher = ask(lambda request, number: width(number, until=written))
+
+    async def wait():
+        given_up, kept = (asyncio.create_task(researcher.draft(BRIEF)) for _ in range(2))
+        while len(server.requests) < 2:
+            await asyncio.sleep(0.01)
+        assert not given_up.done() and not kept.done()
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        written.set()
+        return given_up.cancelled(), await kept, await researcher.draft(BRIEF)
+
+    cancelled, *drafts = asyncio.run(wait(), debug=True)
+    assert cancelled and {draft.description for draft in drafts} == {"idea 0", "idea 1"}
+    assert len(server.requests) == 2 and all(line.startswith("drafted in") for line in said)
+    assert capfd.readouterr() == ("", "") and not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_max_cost_holds_for_all_requests_in_flight_together(ask, costs):
+    long = {"output": model.MAX_TOKENS, "delay": 0.3}
+    server, researcher = ask(lambda request, number: width(number, **long), max_cost=1.5)
+    ended = next_drafts(researcher, BRIEF, 6)
+    assert sum(isinstance(end, Enough) for end in ended) == 4 and len(server.requests) == 2
+    assert 1.2 < researcher.spent <= 1.5
+    assert sum(line["usd"] for line in json_lines(costs)) == pytest.approx(researcher.spent) == charged(server)
+
+
+def test_writers_wait_for_what_the_requests_in_flight_will_leave_of_max_cost(ask, said, costs):
+    server, researcher = ask(lambda request, number: width(number, output=100 * number), max_cost=1.0)
+    drafts = next_drafts(researcher, BRIEF, 8)
+    assert {draft.description for draft in drafts} == {f"idea {number}" for number in range(8)}
+    assert len(json_lines(costs)) == 8 and researcher.spent == pytest.approx(charged(server))
+    told = [float(re.search(r"\$([\d.]+): idea", line)[1]) for line in said]
+    assert sum(told) == pytest.approx(researcher.spent, abs=0.001)  # each what it has cost itself
+
+
+def test_an_outage_is_told_once_for_all_writers(ask, said):
+    failed, back = threading.Event(), threading.Event()
+
+    def script(request, number):
+        if number in (2, 5):
+            (failed if number == 2 else back).set()
+        return error(529) | {"until": failed} if number < 3 else width(number, until=back)
+
+    _, researcher = ask(script)
+    assert len({draft.source for draft in next_drafts(researcher, BRIEF, 3)}) == 3
+    assert sum("trying again" in line for line in said) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,6 +788,18 @@ def test_a_draft_is_merged_onto_a_better_train_py_and_a_conflict_costs_a_new_dra
     ours, theirs = "".join(["x\n", *base[1:]]), "".join([*base[:-1], "y\n"])
     assert merge(ours, "".join(base), theirs) == "".join(["x\n", *base[1:-1], "y\n"])
     assert merge("a\r\n", "a\r\n", "b\r\n") == "b\r\n"
+
+
+def test_a_draft_is_carried_over_by_its_edits_else_by_a_merge_and_not_at_all_where_both_changed_the_same():
+    edited = Draft(CHANGED, "d", base=SOURCE, edits=(("LR = 0.001", "LR = 0.01"),))
+    assert carried_over(edited, SOURCE) == CHANGED
+    beside = SOURCE.replace("WIDTH = 32", "WIDTH = 64")  # the next line, where a merge sees a conflict
+    assert carried_over(edited, beside) == CHANGED.replace("WIDTH = 32", "WIDTH = 64")
+    assert carried_over(dataclasses.replace(edited, edits=()), beside) is None
+    twice = SOURCE + "# LR = 0.001\n"  # where the edit fits in two places
+    assert carried_over(edited, twice) == CHANGED + "# LR = 0.001\n"
+    assert carried_over(edited, SOURCE.replace("LR = 0.001", "LR = 0.1")) is None
+    assert carried_over(dataclasses.replace(edited, base=""), SOURCE) is None
 
 
 def test_a_crash_goes_back_to_its_conversation_twice_and_no_more(ask):

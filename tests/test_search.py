@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 import prepare
+from lab.answer import carried_over
 from lab.researcher import Brief, Draft, Search, digest, find_constants, set_constants, steps
 from prepare import Trouble
 
@@ -55,6 +56,25 @@ def test_the_search_never_repeats_itself_and_says_when_it_has_nothing_left():
 def test_the_search_goes_one_step_further_after_a_kept_change():
     kept = {"abc1234": SOURCE.replace("0.04", "0.02"), "def5678": SOURCE}
     assert next_draft(Search(), dataclasses.replace(BRIEF, sources=kept)).description == "A_LR 0.04 -> 0.08"
+
+
+def test_drafts_of_one_brief_differ_and_the_first_is_the_same_as_ever():
+    several = Search()
+    drafts = [next_draft(several, BRIEF) for _ in range(20)]
+    assert len({draft.source for draft in drafts}) == 20
+    assert drafts[0] == next_draft(Search(), BRIEF)
+    # What runs is known by its commit, after a new start as well.
+    tried = frozenset(digest(draft.source.encode()) for draft in drafts[:3])
+    assert next_draft(Search(), dataclasses.replace(BRIEF, tried=tried)) == drafts[3]
+
+
+def test_a_step_of_the_search_is_carried_over_to_a_train_py_whose_next_line_has_changed():
+    kept = {"abc1234": SOURCE.replace("0.04", "0.02"), "def5678": SOURCE}
+    draft = next_draft(Search(), dataclasses.replace(BRIEF, source="\n" + SOURCE, sources=kept))
+    assert draft.source == "\n" + SOURCE.replace("0.04", "0.08")
+    best = draft.base.replace("STEPS = 1024", "STEPS = 512")
+    assert carried_over(draft, best) == best.replace("0.04", "0.08")
+    assert carried_over(draft, draft.base.replace("0.04", "0.045")) is None  # it begins with what was replaced
 
 
 def test_a_draft_survives_as_a_commit_message_and_an_owners_message_is_none():
