@@ -383,11 +383,15 @@ def test_several_writers_are_told_to_differ_and_what_waits_and_runs_and_each_cal
     everybody.clear()
     researcher.think_ahead(brief, 3)
     assert re.fullmatch(r"2 ready, 1 being drafted, for \d s so far", researcher.state())
+    while len(server.requests) < 7:
+        time.sleep(0.01)
+    researcher.think_ahead(brief, 4)
     everybody.set()
     until_done(researcher)
-    words = last_words(server.requests[-1])
+    *_, words, last = map(last_words, server.requests)
+    assert "2 of you" in last and "You are number 2." in last
     assert re.search(r"not to be repeated either:\n<data-\w+>\nidea [45]\nidea [45]\n</data", words)
-    assert "You are number" not in words and len(server.requests) == 7
+    assert "You are number" not in words and len(server.requests) == 8
 
 
 def test_the_only_writer_is_told_of_no_others(ask):
@@ -415,22 +419,30 @@ def test_of_two_writers_with_the_same_idea_the_second_is_sent_back(ask):
 
 
 @pytest.mark.parametrize("fault", [error(401, words="invalid x-api-key"), spend_limit()])
-def test_what_is_ready_goes_out_before_the_loop_learns_that_there_will_be_no_more(fault, ask, said):
-    server, researcher = ask(lambda request, number: fault if number % 2 else GOOD)
-    brief, everybody = dataclasses.replace(BRIEF, running=("f00 one", "ba4 two")), threading.Event()
+def test_what_the_others_write_goes_out_before_the_loop_learns_that_there_will_be_no_more(fault, ask, said):
+    everybody, late = threading.Event(), threading.Event()
 
     def script(request, number):
         if number == 2:
             everybody.set()
-        return (GOOD if number == 0 else fault) | {"until": everybody}
+        return GOOD | {"until": late} if number == 0 else fault | {"until": everybody}
 
-    server.script = script
+    server, researcher = ask(script)
+    brief = dataclasses.replace(BRIEF, running=("f00 one", "ba4 two"))
     researcher.think_ahead(brief, 3)
-    until_done(researcher)
+    while sum(writer.future.done() for writer in researcher.writers) < 2:
+        time.sleep(0.01)
     assert sum("no further draft; the loop ends after these trials: the API refuses" in line for line in said) == 1
-    researcher.think_ahead(brief, 3)
-    assert len(server.requests) == 3  # nobody begins what cannot succeed
-    assert next_draft(researcher, BRIEF).source == CHANGED
+    researcher.think_ahead(brief, 5)  # nobody begins what cannot succeed
+
+    async def wait():
+        asked = asyncio.create_task(researcher.draft(brief))
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        late.set()
+        return await asked
+
+    assert asyncio.run(wait()).source == CHANGED
     with pytest.raises(Trouble, match="the API refuses to go on"):
         next_draft(researcher, BRIEF)
     server.script = lambda request, number: width(number)
