@@ -17,9 +17,11 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import socket
 import sys
@@ -79,15 +81,13 @@ class Task:
     exam_limit = property(lambda self: 120.0 + 2 * self.time_budget)  # seconds that scoring may take
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task("climbmix", "climbmix", 2048, 8192, 40 * 2**19, 300.0, split_long=False),
-        Task("tinystories", "tinystories", 512, 4096, 2**21, 300.0, split_long=True),
-        Task("pycode", "pycode", 256, 2048, 2**17, 300.0, split_long=True),
-        Task("demo", "pycode", 256, 2048, 2**17, 20.0, split_long=True),
-    )
-}
+TASKS = (
+    Task("climbmix", "climbmix", 2048, 8192, 40 * 2**19, 300.0, split_long=False),
+    Task("tinystories", "tinystories", 512, 4096, 2**21, 300.0, split_long=True),
+    Task("pycode", "pycode", 256, 2048, 2**17, 300.0, split_long=True),
+    Task("demo", "pycode", 256, 2048, 2**17, 20.0, split_long=True),
+)
+TASKS = {task.name: task for task in TASKS}
 
 
 def cache_root():
@@ -95,21 +95,36 @@ def cache_root():
     return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").resolve()
 
 
-def has_gpu():
-    """Whether an NVIDIA GPU is here to be used: by its device files, since torch takes seconds to import.
-
-    A GPU whose driver is broken counts: find_device() says what is wrong with it. CUDA_VISIBLE_DEVICES= hides it.
-    """
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
-        return False
-    wsl = os.path.exists("/dev/dxg") and os.path.exists("/usr/lib/wsl/lib/libcuda.so.1")
-    # Asked for one by one, since the sandbox does not let /dev be listed.
-    return wsl or any(os.path.exists(f"/dev/nvidia{number}") for number in range(64))
-
-
 def device_kind():
-    """What trains and is examined on this machine: "cuda" or "cpu"."""
-    return "cuda" if has_gpu() else "cpu"
+    """What trains and is examined on this machine, as torch names it: "cuda" (ROCm too), "xpu", "mps" or "cpu".
+
+    Told by device files, since torch takes seconds to import. A GPU whose driver is broken counts: find_device() says
+    what is wrong with it. One that is hidden from its driver does not; CUDA_VISIBLE_DEVICES= hides those of any make.
+    """
+
+    def here(*paths):  # asked for one by one, since the sandbox does not let /dev be listed
+        return any(map(os.path.exists, paths))
+
+    def torch_is_for(name):  # AMD's and Intel's device files are in many machines whose torch cannot use them
+        spec = importlib.util.find_spec("torch")
+        return spec and re.search(rf"(?m)^{name}\b.*= '", Path(spec.origin).with_name("version.py").read_text())
+
+    hiding = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"
+    if any(os.environ.get(name, "all").strip() in ("", "-1", "NoDevFiles") for name in hiding):
+        return "cpu"
+    if platform.mac_ver()[0]:
+        return "mps"
+    wsl, render_nodes = here("/dev/dxg"), [f"/dev/dri/renderD{number}" for number in range(128, 192)]
+    if here(*(f"/dev/nvidia{number}" for number in range(64))) or (wsl and here("/usr/lib/wsl/lib/libcuda.so.1")):
+        return "cuda"
+    if (wsl or here("/dev/kfd")) and torch_is_for("hip"):
+        return "cuda"
+    return "xpu" if (wsl or here(*render_nodes)) and torch_is_for("xpu") else "cpu"
+
+
+def has_gpu():
+    """Whether that is a GPU."""
+    return device_kind() != "cpu"
 
 
 def get_task(name=None, budget=None):
@@ -124,10 +139,8 @@ def get_task(name=None, budget=None):
         try:
             task = Task(**json.loads((cache_root() / OWN_NAME.fullmatch(name)[0] / "meta.json").read_text())["task"])
         except (OSError, ValueError, TypeError, KeyError):
-            raise Trouble(
-                f"there is no task {name!r}; the tasks are: {', '.join(TASKS)}, and your own text after: "
-                f"python prepare.py --text PATH... --task NAME"
-            ) from None
+            tasks = f"{', '.join(TASKS)}, and your own text after: python prepare.py --text PATH... --task NAME"
+            raise Trouble(f"there is no task {name!r}; the tasks are: {tasks}") from None
     if budget is not None and not 0 < budget < 1e6:
         raise Trouble(f"a budget of {budget} seconds makes no sense; give a positive number of seconds")
     return dataclasses.replace(task, time_budget=float(budget)) if budget else task
@@ -156,10 +169,7 @@ TOLD, TASK, SEED = _setting()
 
 
 def find_device(kind=None):
-    """The torch.device "cuda" or "cpu", tried out. kind: its type; None: device_kind().
-
-    Raises Pause for a GPU that torch cannot use: to go on without it would be another experiment.
-    """
+    """The torch.device of a kind (None: device_kind()), tried out. Raises Pause for a GPU that torch cannot use."""
     import torch
 
     device = torch.device(kind or device_kind())
@@ -177,23 +187,26 @@ def device_fault(error):
     import torch
 
     said = one_line(str(error).strip().partition("\n")[0], 200)
-    visible, advice = os.environ.get("CUDA_VISIBLE_DEVICES"), "nvidia-smi tells whether the driver works"
-    if not torch.version.cuda:
-        advice = f"torch {torch.__version__} is a build for the CPU: install one for CUDA (see pytorch.org)"
-    elif not os.path.exists("/dev/nvidia-uvm") and not os.path.exists("/dev/dxg"):
-        advice = "/dev/nvidia-uvm is missing: run nvidia-modprobe -u -c=0, or nvidia-smi, once as root"
-    elif "busy or unavailable" in said:
-        advice = "another program has it to itself: end that one, or allow several with nvidia-smi -c DEFAULT"
-    elif "out of memory" in said:
-        advice = "end the other programs that use it (nvidia-smi shows them)"
-    elif "No CUDA GPUs" in said or "invalid device" in said:
-        named = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible else "a GPU in MIG mode has to be divided"
-        advice = f"{named}: nvidia-smi -L lists the GPUs and MIG instances that there are"
+    kind, visible = device_kind(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    tool = "sycl-ls" if kind == "xpu" else "rocminfo" if torch.version.hip else "nvidia-smi"
+    no_uvm = not os.path.exists("/dev/nvidia-uvm") and not os.path.exists("/dev/dxg")
+    named = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible else "a GPU in MIG mode has to be divided"
+    hints = (  # the first that applies is given
+        (kind == "mps", "it takes Apple silicon and macOS 14 or later"),
+        (tool != "nvidia-smi", f"{tool} tells whether the driver works; your user has to be in the group render"),
+        (not torch.version.cuda, f"torch {torch.__version__} is a build for the CPU: install one for CUDA"),
+        (no_uvm, "/dev/nvidia-uvm is missing: run nvidia-modprobe -u -c=0, or nvidia-smi, once as root"),
+        ("busy or" in said, "another program has it: end that one, or allow several with nvidia-smi -c DEFAULT"),
+        ("out of memory" in said, "end the other programs that use it (nvidia-smi shows them)"),
+        ("No CUDA GPUs" in said or "invalid device" in said, f"{named}: nvidia-smi -L lists GPUs and MIG instances"),
+        (True, "nvidia-smi tells whether the driver works"),
+    )
+    advice = next(advice for applies, advice in hints if applies)
     return f"the GPU cannot be used ({said}); {advice}; CUDA_VISIBLE_DEVICES= trains on the CPU"
 
 
 def device():
-    """The torch.device that this run is for, "cuda" or "cpu": train.py asks here, so that it never takes the other.
+    """The torch.device that this run is for, a GPU's or "cpu": train.py asks here, so that it never takes the other.
 
     Ends the program, with one sentence, for a GPU that torch cannot use.
     """
@@ -288,7 +301,6 @@ MOST_ELEMENTS = 2**31  # of a tensor, and of each of its dimensions
 MOST_CALLS = 200_000  # of a program
 MOST_TENSORS = 50_000  # of a program, and of one list of arguments
 
-
 DTYPES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
 CONSTANTS = {  # by their type in an operator's schema and their kind in JSON: what may be named
     ("ScalarType", "dtype"): DTYPES,
@@ -308,7 +320,7 @@ WORDS = {  # that an argument of this name may be
 
 def exam_batch(task, device):
     """Rows that a sealed model is shown at once: a power of two, by the memory that its float32 logits take."""
-    rows = max(1, (2**27 if device == "cuda" else 2**23) // (task.seq_len * task.vocab_size))
+    rows = max(1, (2**23 if device == "cpu" else 2**27) // (task.seq_len * task.vocab_size))
     return math.gcd(1 << (rows.bit_length() - 1), task.eval_rows)
 
 
@@ -414,9 +426,8 @@ def seal(model, task):
         changed = [spec.target for spec in signature.output_specs if spec.target]
         raise Refused(f"the forward must return the logits alone and change nothing (it changes: {changed})")
     specs = {spec.arg.name: spec for spec in signature.input_specs}
-    slots, tensors, calls, used = {}, {}, [], set()
-    for node in exported.graph.nodes:
-        slots[node] = len(slots)
+    slots = {node: number for number, node in enumerate(exported.graph.nodes)}
+    tensors, calls, used = {}, [], set()
     for node in reversed(exported.graph.nodes):  # what the logits do not depend on is left out
         if node.op == "output":
             (output,) = node.args[0]
@@ -524,18 +535,10 @@ def fill(value, slots):
     return slots[value.number] if type(value) is Slot else value
 
 
-@functools.cache
-def plain_dtypes():
-    """The dtypes that tensors of a sealed model may have."""
-    import torch
-
-    return frozenset(getattr(torch, name) for name in DTYPES)
-
-
 def check_results(results):
     """Refuse tensors of other dtypes, and those so large that a product of two sizes may wrap around."""
     for tensor in results if isinstance(results, (list, tuple)) else (results,):
-        if tensor.dtype not in plain_dtypes() or max((tensor.numel(), *tensor.shape)) > MOST_ELEMENTS:
+        if str(tensor.dtype)[6:] not in DTYPES or max((tensor.numel(), *tensor.shape)) > MOST_ELEMENTS:
             raise Refused(f"the forward makes a tensor that is too large or strange: {tensor.dtype} {[*tensor.shape]}")
     return results
 
@@ -672,8 +675,8 @@ def begin(model):
         tensors = run._tensors(model)
         try_forward(program, tensors, dict(model.named_parameters(remove_duplicate=False)), TASK)
         # A first save shows that the model can be saved, and how many seconds of the budget the last one will need.
-        if program["device"] == "cuda":
-            torch.cuda.synchronize()
+        if program["device"] != "cpu":
+            torch.accelerator.synchronize()
         started = time.monotonic()
         save_sealed(run._path, program, tensors)
         run._reserve = 1.5 * (time.monotonic() - started)
@@ -742,8 +745,9 @@ class Run:
                 order, epoch = np.concatenate((order, shuffled)), epoch + 1
             chosen, order = order[:batch_size], order[batch_size:]
             rows = torch.from_numpy(self._rows[chosen].astype(np.int64))
-            if device == "cuda":
+            if device in ("cuda", "xpu"):
                 rows = rows.pin_memory().to(device, non_blocking=True)
+            rows = rows.to(device)
             self._tokens += batch_size * TASK.seq_len
             yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -765,15 +769,15 @@ class Run:
         save_sealed(self._path, self._program, self._tensors(model))
         seconds = self.seconds
         report = {"steps": self._steps, "tokens": self._tokens, "params": self._params}
-        if self._program["device"] == "cuda":
-            report["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        if self._program["device"] != "cpu":
+            report["peak_vram_mb"] = torch.accelerator.max_memory_allocated() / 2**20
         if self._channel:
             self._channel.sendall(json.dumps({"submit": report}).encode() + b"\n")
             while self._channel.recv(1):  # the proctor ends this process; nothing after this line counts
                 pass
             raise SystemExit(0)
-        if self._program["device"] == "cuda":
-            torch.cuda.empty_cache()  # the exam needs room beside what this process still holds
+        if self._program["device"] != "cpu":
+            torch.accelerator.empty_cache()  # the exam needs room beside what this process still holds
         from exam.trial import score_by_hand
 
         score_by_hand(self._path, TASK, {"training_seconds": seconds, **report})

@@ -59,16 +59,18 @@ def check_machine(task):
         return
     device, measured = now["device"], now["matmul_flops"]
     if not has_gpu():
-        yield "GPU", "none here; training runs on the CPU", ""
-    elif total:
-        advice = "end the other programs that use it (nvidia-smi shows them)"
+        yield "GPU", "none here that this torch can use; training runs on the CPU", ""
+    elif not total:
+        yield "GPU", device, ""
+    else:
+        advice = "end the other programs that use it"
         yield "GPU", f"{device}, {free:.1f} of {total:.1f} GB free", "" if free > 0.8 * total else advice
     if device in NOMINAL_TFLOPS:
         best, why = 1e12 * NOMINAL_TFLOPS[device], "what such cards reach, for which train.py is sized"
     else:
         best, why = max(machine_flops(), measured), "the best so far"
     advice = "end what else uses the machine"
-    advice += ", and look for limits of heat and power (nvidia-smi -q -d PERFORMANCE)" * has_gpu()
+    advice += ", and look for limits of heat and power" + " (nvidia-smi -q -d PERFORMANCE)" * ("NVIDIA" in device)
     words = f"{measured / 1e12:.4g} TFLOP/s measured on {device}; {best / 1e12:.4g} is {why}"
     yield "speed", words, "" if measured > FIT_SPEED * best else advice
 
@@ -88,11 +90,12 @@ import torch
 from prepare import device
 
 started, x = time.time(), torch.ones(64, 64, device=device(), requires_grad=True)
-double = torch.compile(lambda x: (2 * x).square().sum()) if x.is_cuda else lambda x: (2 * x).square().sum()
+compiles = x.device.type in ("cuda", "xpu")
+double = torch.compile(lambda x: (2 * x).square().sum()) if compiles else lambda x: (2 * x).square().sum()
 double(x).backward()
 if x.grad.sum().item() != 8 * 64 * 64:
     sys.exit("train.py: a small product came out wrong; the machine is not to be trusted")
-memory = [size / 2**30 for size in torch.cuda.mem_get_info()] if x.is_cuda else [None, None]
+memory = [size / 2**30 for size in torch.accelerator.get_memory_info()] if compiles else [None, None]
 print(json.dumps([*memory, time.time() - started]))
 """
 
@@ -129,7 +132,7 @@ def rehearse(task, level):
     if code:
         raise Trouble(rehearsal_fault(said, code))
     free, total, seconds = json.loads(said.splitlines()[-1])
-    kind = "a kernel compiled and ran on the GPU" if told["device"] == "cuda" else "a small program ran on the CPU"
+    kind = "a kernel compiled and ran on the GPU" if total else f"a small program ran on {told['device'].upper()}"
     return free, total, f"{kind} in {seconds:.1f} s, {'unconfined' if rules is None else 'inside the sandbox'}"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import prepare
 from exam import reader
-from exam.processes import exit_reason, kill_group
+from exam.processes import exit_reason, kill_group, message_pair
 from exam.reader import LOSSES, READY, SPEED
 from exam.sandbox import EXAMINER_GOES, environment, start_confined
 from exam.tokenizer import load_tokens, token_bytes
@@ -28,7 +28,7 @@ class Examiner:
     """The isolated interpreter that readers are forked from: it imports torch while the candidate starts up."""
 
     def __init__(self, rules):
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel, theirs = message_pair()
         self.errors = tempfile.TemporaryFile("w+", errors="replace")
         command = [sys.executable, "-I", reader.__file__, str(theirs.fileno())]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self.errors}

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import time
 
 from prepare import Pause
@@ -23,8 +24,23 @@ def descendants(keep):
     return found
 
 
+def message_pair():
+    """Two connected sockets whose messages stay whole; the end of one side is seen by the other, but not on macOS."""
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+
+def usable_cores():
+    """CPU cores that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def exit_code(child):
     """Return code of a Popen whose process has ended, else None. It stays a zombie: its group's number is not free."""
+    if not hasattr(os, "waitid"):  # as on macOS before Python 3.13; there it is reaped
+        return child.poll()
     ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     return ended and (ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
 

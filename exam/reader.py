@@ -5,10 +5,12 @@ end replaced, and learns the targets of a batch when it has computed its logits.
 remember, and nothing in its memory that could give a target away. Who asks the questions is in examiner.py.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ if __name__ == "__main__":  # in an isolated interpreter, which would not look b
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exam import limits, speed, syscalls
-from prepare import MOST_TENSORS, Pause, Refused, Task, build_forward, compute_logits, one_line
+from prepare import MOST_TENSORS, Pause, Refused, Task, build_forward, compute_logits, device_kind, one_line
 
 if __name__ == "__main__":  # what an owner has beside prepare.py must not take the place of a package's modules
     del sys.path[0]
@@ -38,13 +40,17 @@ def exam(descriptor):
         question, descriptors, _, _ = socket.recv_fds(channel, 2**16, 1)
         if not question:
             return
-        if not (child := os.fork()):
-            channel.close()
-            answer(json.loads(question), socket.socket(fileno=descriptors[0]))
-            os._exit(0)
+        if json.loads(question)["device"] == "mps":  # Apple's libraries do not work in a process that was forked
+            command = [sys.executable, "-I", __file__, str(descriptors[0]), question]
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, pass_fds=descriptors).returncode
+        else:
+            if not (child := os.fork()):
+                channel.close()
+                answer(json.loads(question), socket.socket(fileno=descriptors[0]))
+                os._exit(0)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.close(descriptors[0])
-        _, status = os.waitpid(child, 0)
-        channel.send(b"%d" % os.waitstatus_to_exitcode(status))
+        channel.send(b"%d" % code)
 
 
 # What the operators of a sealed model raise; anything else is a fault of ours.
@@ -86,12 +92,16 @@ def set_up_memory():
 
 
 def limit_memory(device):
-    """Have a program that takes all of a CPU's memory fail by itself; on a GPU the driver maps more than there is."""
+    """Have a program that takes all of a CPU's memory fail by itself; on a GPU the driver maps more than there is.
+
+    macOS knows no such limit.
+    """
     import resource
 
     if device == "cpu":
         most = int(limits.MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 HEADER_LIMIT = 2**25  # bytes of the safetensors header, which holds the program
@@ -113,7 +123,6 @@ def load_tensor(file, name):
 def load_sealed(path):
     """(program, forward) of a submission; raises Refused for anything but plain tensors and allowed calls."""
     import safetensors
-    import torch
 
     try:
         with open(path, "rb") as file:
@@ -122,7 +131,7 @@ def load_sealed(path):
         with safetensors.safe_open(path, "pt") as file:
             program = json.loads((file.metadata() or {})["program"])
             device = program["device"]
-            if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+            if device not in ("cpu", device_kind()):
                 raise Refused(f"the model was sealed for a device that is not here: {device!r}")
             names = {name for name in program["tensors"].values() if name is not None}
             if len(names) > MOST_TENSORS:
@@ -160,4 +169,8 @@ def read_rows(question, task, file):
 
 
 if __name__ == "__main__":
-    exam(int(sys.argv[1]))
+    descriptor, *asked = sys.argv[1:]
+    if asked:
+        answer(json.loads(asked[0]), socket.socket(fileno=int(descriptor)))
+    else:
+        exam(int(descriptor))

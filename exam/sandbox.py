@@ -46,6 +46,7 @@ def sandbox_rules(readable, writable, hidden):
     hidden = {str(ROOT), str(cache_root()), *hidden}
     roots = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/bin", "/sbin", "/sys", *filter(None, sys.path)}
     roots |= {"/nix/store", "/run/opengl-driver"}  # where NixOS has Python and the libraries of the GPU's driver
+    roots |= {"/opt/rocm", "/opt/amdgpu", "/opt/intel"}  # those of AMD and Intel
     roots |= set(filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":")))
     roots |= {f"/etc/{name}" for name in ("alternatives", "ld.so.cache", "localtime", "nsswitch.conf", "passwd")}
     # Of /proc, what tells of the machine and stays the same: counters could be moved, and processes named, to be read.
@@ -57,6 +58,7 @@ def sandbox_rules(readable, writable, hidden):
     rules = [(root, listing) for root in roots if os.path.isdir(root)]
     rules += [(path, reading | AccessFS.EXECUTE) for root in roots for path in openings(root, hidden)]
     rules += [(path, reading | AccessFS.WRITE_FILE | AccessFS.IOCTL_DEV) for path in devices if os.path.exists(path)]
+    rules += [(path, listing) for path in devices if os.path.isdir(path)]  # Intel's driver looks there for its devices
     rules += [(path, reading | (listing if os.path.isdir(path) else reading)) for path in readable]
     return rules + [(path, fs_for_abi(99) & ~(AccessFS.MAKE_CHAR | AccessFS.MAKE_BLOCK)) for path in writable]
 
@@ -153,9 +155,10 @@ def start_confined(command, rules, pass_fds=(), first_to_go=CANDIDATE_GOES, **op
 
 # What a trial inherits of the environment: no keys, and no folders to write to.
 ENVIRONMENT = re.compile(
-    r"PATH|LANG|LC_\w+|TZ|LD_LIBRARY_PATH|PYTHONPATH"
-    r"|(?!TORCH_TRACE|TORCH_LOGS_OUT|TORCH_HOME|TRITON_HOME|(?:TORCH|TRITON)\w+_DIR|CUDA_CACHE_PATH)"
-    r"(CUDA|NVIDIA|OMP|MKL|TORCH|TRITON|PYTORCH)_\w+"
+    r"PATH|LANG|LC_\w+|TZ|LD_LIBRARY_PATH|PYTHONPATH|GPU_DEVICE_ORDINAL"
+    r"|(?!TORCH_TRACE|TORCH_LOGS_OUT|TORCH_HOME|TRITON_HOME|(?:TORCH|TRITON|SYCL)\w+_DIR|CUDA_CACHE_PATH)"
+    r"(?!\w*(?:KEY|TOKEN|SECRET|PASSWORD))"
+    r"(CUDA|NVIDIA|HIP|HSA|ROCM|ROCR|ONEAPI|SYCL|ZE|OMP|MKL|TORCH|TRITON|PYTORCH)_\w+"
 )
 
 

@@ -16,15 +16,14 @@ def measure_flops(seconds=1.5):
     import torch
 
     device = find_device()
-    cuda = device.type == "cuda"
-    size = 8192 if cuda else 1024
+    size = {"cpu": 1024, "cuda": 8192}.get(device.type, 4096)
 
     def sample(products):
         start = time.perf_counter()
         for _ in range(products):
             a @ a
-        if cuda:
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return (time.perf_counter() - start) / products
 
     try:
@@ -33,7 +32,15 @@ def measure_flops(seconds=1.5):
         end, samples = time.monotonic() + seconds, []
         while len(samples) < 3 or time.monotonic() < end:
             samples.append(sample(5))
-        name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     except RuntimeError as error:
-        raise (Pause(device_fault(error)) if cuda else error) from None
-    return {"device": name, "matmul_flops": 2 * size**3 / min(samples)}
+        raise (error if device.type == "cpu" else Pause(device_fault(error))) from None
+    return {"device": device_name(device), "matmul_flops": 2 * size**3 / min(samples)}
+
+
+def device_name(device):
+    """What a torch.device calls itself."""
+    import torch
+
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return torch.backends.mps.get_name() if device.type == "mps" else torch.get_device_module(device).get_device_name()

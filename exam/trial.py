@@ -6,7 +6,6 @@ import hashlib
 import os
 import platform
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from exam.examiner import Examiner, finish_exam
 from exam.files import ROOT, remove
 from exam.fingerprints import fingerprints, read_meta, verify
 from exam.machine import machine_flops
-from exam.processes import end_processes, kill_group
+from exam.processes import end_processes, kill_group, message_pair
 from exam.result import Result, print_summary
 from exam.sandbox import examiner_rules, room_environment, sandbox_level, sandbox_rules, start_confined
 from exam.syscalls import PR_SET_CHILD_SUBREAPER, prctl
@@ -65,8 +64,7 @@ def lay_out_room(out, source, warm):
 
 def start_candidate(room, rules, task, seed, flops):
     """Start the train.py of a room: (its Popen, our end of the channel to it, descriptor of what it prints)."""
-    # Messages stay whole, and the end of one side is seen by the other.
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = message_pair()
     output, child_output = os.pipe()
     told = {"task": dataclasses.asdict(task), "seed": seed, "flops": flops, "device": device_kind()}
     told["fd"] = theirs.fileno()

@@ -80,7 +80,7 @@ class Watch:
         self.outcome = self.reason = None
         self.report, self.peak, self.cpu_at_begin, self.logged = {}, 0, 0.0, 0
         disk = os.statvfs(out)
-        self.shared_at_start = psutil.virtual_memory().shared
+        self.shared_at_start = getattr(psutil.virtual_memory(), "shared", 0)  # which macOS does not tell
         self.disk_floor = max(limits.DISK_RESERVE, disk.f_bavail * disk.f_frsize - limits.DISK_LIMIT)
         self.inode_floor = disk.f_favail - limits.INODE_LIMIT if disk.f_files else -math.inf  # btrfs has no such number
 
@@ -182,7 +182,8 @@ class Watch:
         if len(alive) > limits.PROCESS_LIMIT:
             return f"it ran more than {limits.PROCESS_LIMIT} processes"
         machine = psutil.virtual_memory()
-        memory = max(0, machine.shared - self.shared_at_start)  # files in memory are in no process's account
+        # Files in memory are in no process's account.
+        memory = max(0, getattr(machine, "shared", 0) - self.shared_at_start)
         for process in alive:
             with contextlib.suppress(psutil.Error, OSError, ValueError):
                 memory += process.memory_info().rss
@@ -203,7 +204,7 @@ class Watch:
         """The first part of result.json."""
         training = self.ended - self.begun if self.begun else 0.0
         cpu = max(0.0, processes.cpu_reaped() - self.cpu_at_begin) if self.begun else 0.0
-        cores = len(os.sched_getaffinity(0))
+        cores = processes.usable_cores()
         if self.outcome == "ok" and training > self.task.time_budget + self.task.grace:
             self.outcome, self.reason = "timeout", f"its submission was complete after {training:.1f} s"
         elif self.outcome == "ok" and cpu > 1.1 * cores * training + 2:  # the second witness of the time
