@@ -84,14 +84,14 @@ MUON_BETA2 = 0.95  # Muon second moment (NorMuon)
 COOLDOWN = 0.9  # last share of the budget, over which learning rates fall linearly
 FINAL_LR = 0.05  # learning rates end at this share
 DEVICE_TOKENS = 131072  # tokens per forward pass on a GPU; halved at start-up until they fit
-CPU_TOKENS = 2048  # tokens per forward pass on a CPU
+CPU_TOKENS = 2048  # tokens per forward pass on a CPU, and on an Apple GPU
 LOG_EVERY = 10  # steps between reading the loss, which makes the CPU wait for the GPU
 MAX_LOSS = 100.0  # a loss beyond this has diverged
+COMPILED = ("cuda", "xpu")  # devices that torch compiles for: the GPUs of NVIDIA and AMD, and of Intel
 # Attention kernels of a GPU, as torch.nn.attention.SDPBackend names them: the first that can do a call does it.
 ATTENTION_KERNELS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 CUDNN_CAPABILITY = (9, 10)  # major compute capabilities on which cuDNN may come first: H100, B200 and their like
-# How CUDA, its libraries and Triton say that the GPU's memory is full, besides torch's own OutOfMemoryError. cuBLAS and
-# cuDNN cannot always tell: a handle that finds no memory was "not initialized".
+# How a GPU's libraries say that its memory is full; a handle of cuBLAS or cuDNN that finds none was "not initialized".
 OUT_OF_MEMORY = r"out of memory|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
 
 # Optimal quintic iterations towards the polar factor (Polar Express, arXiv 2505.16932), five steps.
@@ -165,7 +165,7 @@ def attend(q, k, v, window):
     2004.05150). Chunks take the place of heads, because fused kernels want four dimensions.
     """
     (B, H, T, D), scale = q.shape, QK_SCALE / math.sqrt(q.size(-1))
-    if window >= T:
+    if window >= T and q.device.type != "mps":  # where is_causal may let queries see ahead (pytorch#195910)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     if T % window:
         raise ValueError(f"the window ({window}) has to divide the sequence length ({T})")
@@ -359,19 +359,20 @@ def muon_update(weights, grads, momentum_buffer, second_moment, lr, momentum, de
 
 
 class Muon:
-    """Muon over `matrices`, one stacked update per shape, tall ones lying on their side; compiled on CUDA."""
+    """Muon over `matrices`, one stacked update per shape, tall ones lying on their side; compiled on most GPUs."""
 
     def __init__(self, matrices):
-        # 0-D CPU tensors: values that change every step must not look like constants to the compiler.
-        self.lr, self.momentum, self.decay = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        place, compiled = matrices[0].device, matrices[0].device.type in COMPILED
+        # 0-D tensors, on the CPU for the compiler, to which values that change every step must not look like constants.
+        self.lr, self.momentum, self.decay = (torch.zeros((), device=None if compiled else place) for _ in range(3))
         self.groups = []
         for rows, cols in dict.fromkeys(tuple(sorted(m.shape)) for m in matrices):
             group = [m for m in matrices if sorted(m.shape) == [rows, cols]]
-            first = torch.zeros(len(group), rows, cols, device=group[0].device)
+            first = torch.zeros(len(group), rows, cols, device=place)
             second = torch.zeros_like(first[:, :, :1] if rows == cols else first[:, :1])
-            gain = torch.tensor([max(1, m.size(0) / m.size(1)) ** 0.5 for m in group], device=first.device)
+            gain = torch.tensor([max(1, m.size(0) / m.size(1)) ** 0.5 for m in group], device=place)
             self.groups.append((group, first, second, gain[:, None, None]))
-        self.update = torch.compile(muon_update, dynamic=False) if matrices[0].is_cuda else muon_update
+        self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
     @torch.no_grad()
     def step(self, lr, momentum, decay):
@@ -386,13 +387,12 @@ class Muon:
 
 
 class RowAdagrad:
-    """Adagrad (Duchi et al. 2011) with one sum of squares per row, as for the tables of DLRM, from a sparse gradient.
+    """Adagrad (Duchi et al. 2011) of a table [R, W] with one sum of squares per row, as in DLRM, by sparse gradients.
 
     A row without a gradient neither moves nor changes its state: to leave it unread is exact.
     """
 
     def __init__(self, table):
-        """table: [R, W], of any floating dtype."""
         self.table = table
         # Of each row, the sum of its gradients' mean squares, and some place in the last batch that holds it.
         self.energy = torch.zeros(len(table), 1, device=table.device)
@@ -462,16 +462,17 @@ class Optimisers:
 def fast_attention(device):
     """Context that picks attention kernels: the fastest that are right on a GPU, plain products on a CPU.
 
-    At the lengths a CPU can train, its fused kernel is slower than the products it avoids storing. cuDNN's gradients
-    were NaN for some shapes on cards other than those of CUDNN_CAPABILITY (pytorch#196678). Kept outside the model so
-    that the exported forward leaves the choice to whoever runs it.
+    At the lengths a CPU can train, products are faster than its fused kernel. cuDNN's gradients were NaN on cards other
+    than those of CUDNN_CAPABILITY (pytorch#196678). Not in the model: who runs the exported forward makes the choice.
     """
     if device.type == "cpu":
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the switch covers the CPU despite its name
         names = ["MATH"]
-    else:
+    elif device.type == "cuda":
         trusted = torch.cuda.get_device_capability(device)[0] in CUDNN_CAPABILITY
         names = [name for name in ATTENTION_KERNELS if trusted or name != "CUDNN_ATTENTION"]
+    else:
+        names = ["OVERRIDEABLE", "FLASH_ATTENTION", "MATH"]  # the first is what Intel's GPUs have
     # The key of the compiler's cache lacks this choice: without a tag it would serve code of other kernels.
     torch.compiler.config.cache_key_tag = " ".join(names)
     return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
@@ -521,7 +522,8 @@ def warm_up(model, loss_of, rows, batch_rows, device):
         rows //= 2
         torch.compiler.reset()
         gc.collect()  # an error may lie in a cycle with the frames that hold its tensors
-        torch.cuda.empty_cache()
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()
         print(f"out of memory ({said}): trying {rows} rows per forward pass", flush=True)
 
 
@@ -530,7 +532,7 @@ def train(run, model, loss_of, optimisers, rows, passes, peak_flops):
     device = model.head.weight.device
     # A GPU runs behind the CPU that feeds it. Letting the CPU lead by one backward pass, and no more, keeps the GPU
     # busy while schedules and the end of the budget still follow the clock.
-    fence = torch.cuda.Event() if device.type == "cuda" else None
+    fence = torch.Event(device) if device.type != "cpu" else None
     flops, batch_tokens = model.flops_per_token(), rows * passes * TASK.seq_len
     batches = iter(run.batches(rows))
     start = last = time.perf_counter()
@@ -575,9 +577,9 @@ def main():
     peak_flops = machine_flops()
     depth, dim, head_dim, batch_tokens = size_for(peak_flops * EXPECTED_MFU * TASK.time_budget)
     model = GPT(TASK.vocab_size, TASK.seq_len, depth, dim, head_dim).to(place)
-    loss_of = make_loss(model, compiled=place.type == "cuda")
+    loss_of = make_loss(model, compiled=place.type in COMPILED)
     batch_rows = batch_tokens // TASK.seq_len
-    rows = max(1, (DEVICE_TOKENS if place.type == "cuda" else CPU_TOKENS) // TASK.seq_len)
+    rows = max(1, (DEVICE_TOKENS if place.type in COMPILED else CPU_TOKENS) // TASK.seq_len)
     with fast_attention(place):
         rows = warm_up(model, loss_of, min(rows, batch_rows), batch_rows, place)
     passes = batch_rows // rows
@@ -586,9 +588,7 @@ def main():
 
     optimisers = Optimisers(model)
     # A garbage collection in mid-run costs more than what it could free.
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    gc.collect(), gc.freeze(), gc.disable()
     run = begin(model)
     with fast_attention(place):
         steps, tokens, mfu = train(run, model, loss_of, optimisers, rows, passes, peak_flops)

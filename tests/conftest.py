@@ -130,7 +130,7 @@ def hold(tmp_path, candidate):
 
 @pytest.fixture(scope="session")
 def gpu_python(tmp_path_factory):
-    """A Python that sees the CUDA device of stand_in/cuda_stand_in.py where TORCH_STAND_IN names a card.
+    """A Python that sees the CUDA device of stand_in/gpu_stand_in.py where TORCH_STAND_IN names a card.
 
     It is an environment of its own, since the examiner's Python takes modules from nowhere else.
     """

@@ -1,4 +1,4 @@
-"""The GPU: the programs' CUDA branches on a device that stand_in/cuda_stand_in.py plays, and its faults."""
+"""The GPU: the programs' CUDA branches on a device that stand_in/gpu_stand_in.py plays, and its faults."""
 
 import json
 import os
@@ -17,10 +17,11 @@ H100, SLICE = "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
 
 @pytest.fixture
 def on_gpu(gpu_python, run):
-    """on_gpu(*arguments, card=, fault=, rows=, **environment): a finished Python process beside that device."""
+    """on_gpu(*arguments, card=, kind=, fault=, rows=, **environment): a finished Python process beside that device."""
 
-    def on_gpu(*arguments, card=H100, fault="", rows=0, **environment):
+    def on_gpu(*arguments, card=H100, kind="cuda", fault="", rows=0, **environment):
         setting = {"TORCH_STAND_IN": card, "TORCH_STAND_IN_FAULT": fault, "TORCH_STAND_IN_ROWS": str(rows)}
+        setting["TORCH_STAND_IN_KIND"] = kind
         return run(gpu_python, *arguments, cwd=ROOT, env=os.environ | setting | environment)
 
     return on_gpu
@@ -33,16 +34,20 @@ def asked(on_gpu, expression, **options):
     return said.stdout.splitlines()[-1]
 
 
-def test_the_baseline_goes_from_begin_to_a_score_on_a_gpu_with_too_little_memory(on_gpu, tmp_path):
+KINDS = {"cuda": H100, "xpu": "Intel(R) Arc(TM) B580 Graphics", "mps": "Apple M3"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_baseline_goes_from_begin_to_a_score_on_a_gpu_with_too_little_memory(kind, on_gpu, tmp_path):
     arguments = ["trial", "train.py", "--task", "tiny", "--flops", "2.4e11", "--budget", "2"]
-    said = on_gpu("prepare.py", *arguments, "--out", tmp_path / "out", rows=4)
+    said = on_gpu("prepare.py", *arguments, "--out", tmp_path / "out", rows=4, kind=kind, card=KINDS[kind])
     log = (tmp_path / "out" / "log.txt").read_text()
     assert said.returncode == 0, said.stdout + said.stderr + log
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["outcome"] == "ok" and 0 < result["val_bpb"] < 8 and result["device"] == H100
+    assert result["outcome"] == "ok" and 0 < result["val_bpb"] < 8 and result["device"] == KINDS[kind]
     assert result["peak_vram_mb"] == 1024 and result["leak"] == 0
     assert "out of memory" in log and "2 x 4 rows" in log
-    assert b'\\"device\\": \\"cuda\\"' in (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert rf"\"device\": \"{kind}\"".encode() in (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("fault", "words"), [("gone in the exam", "No CUDA GPUs"), ("breaks in the exam", "ECC")])
@@ -90,7 +95,7 @@ def test_a_gpu_that_torch_cannot_use_stops_everything_with_one_sentence(on_gpu, 
 )
 def test_the_sentence_on_a_broken_gpu_says_what_to_do(cuda, files, error, advice, monkeypatch):
     monkeypatch.setattr("torch.version.cuda", cuda)
-    monkeypatch.setattr("os.path.exists", lambda path: files)
+    monkeypatch.setattr("os.path.exists", lambda path: files and path.startswith("/dev/"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     said = prepare.device_fault(RuntimeError(error))
     assert said.startswith(f"the GPU cannot be used ({error.splitlines()[0]}); ") and "\n" not in said

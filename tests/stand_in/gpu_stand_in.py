@@ -1,10 +1,12 @@
-"""A CUDA device played by the CPU, so that tests take the CUDA branches of the programs on any machine.
+"""A GPU played by the CPU, so that tests take the branches of the programs for GPUs on any machine.
 
-torch and the programs are the real ones. TORCH_STAND_IN is the name of the card, and:
+torch and the programs are the real ones. TORCH_STAND_IN is the name of the card, TORCH_STAND_IN_KIND its kind as torch
+names it ("cuda", "xpu" or "mps"), and:
 
-- torch.cuda answers as if that card were there;
-- a tensor that was made on "cuda" or moved there says so, and so does all that is computed from it, while the CPU does
-  the work; as on the real device, one from the CPU beside it is an error, and so is numpy();
+- torch.accelerator and the module of that kind answer as if that card were there;
+- a tensor that was made on the device or moved there says so, and so does all that is computed from it, while the CPU
+  does the work; as on the real device, one from the CPU beside it is an error, and so is numpy();
+- on "mps", float64 is an error as well, and what a Mac lacks of Linux is gone;
 - torch.compile does nothing, and the large products that measure the rate only seem to take their time.
 
 TORCH_STAND_IN_FAULT breaks it, TORCH_STAND_IN_ROWS is the number of rows that fit into its memory in training.
@@ -22,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 CARD, FAULT = os.environ["TORCH_STAND_IN"], os.environ.get("TORCH_STAND_IN_FAULT", "")
+KIND = os.environ.get("TORCH_STAND_IN_KIND", "cuda")
 FAULTS = {
     "": "none",
     "gone": "torch finds no device",
@@ -34,6 +37,7 @@ ROWS = int(os.environ.get("TORCH_STAND_IN_ROWS", "0"))  # 0: as many as there ar
 RATE = 8e14  # FLOP/s
 FREE, TOTAL = 70 * 2**30, 80 * 2**30  # bytes of memory
 EXAM = any(argument.endswith("exam/reader.py") for argument in sys.orig_argv)
+SIZE = {"cuda": 8192}.get(KIND, 4096)  # of the square matrices that measure the rate
 ECC = "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported\n"
 
 HOME, CPU = os.path.dirname(torch.__file__), torch.device("cpu")
@@ -54,7 +58,7 @@ def gone():
 def use():
     """Every use of the device comes by here, and fails where it is broken."""
     if gone():
-        raise RuntimeError("No CUDA GPUs are available")
+        raise RuntimeError(f"No {KIND.upper()} GPUs are available")
     if broken[0]:
         raise getattr(torch, "AcceleratorError", RuntimeError)(ECC)
 
@@ -68,20 +72,22 @@ def is_device(value):
     return isinstance(value, (str, torch.device))
 
 
-def is_cuda(device):
-    return is_device(device) and torch.device(device).type == "cuda"
+def is_there(device):
+    return is_device(device) and torch.device(device).type == KIND
 
 
 def here(tensor):
     """Whether a tensor is on the device."""
-    return getattr(tensor, "_stands_on_cuda", False)
+    return getattr(tensor, "_stands_on_gpu", False)
 
 
 def mark(result, there, inputs=()):
     """`result`, with its tensors on the device if `there`; those of the inputs, changed in place, stay."""
     for tensor in tree_flatten(result)[0]:
         if isinstance(tensor, torch.Tensor) and not any(tensor is other for other in inputs):
-            tensor._stands_on_cuda = there
+            tensor._stands_on_gpu = there
+            if there and KIND == "mps" and tensor.dtype in (torch.float64, torch.complex128):
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support it")
     return result
 
 
@@ -94,11 +100,11 @@ def move(tensor, name, args, kwargs):
         if isinstance(value, torch.Tensor):
             there = here(value)
         elif is_device(value):
-            there = is_cuda(value)
+            there = is_there(value)
     if there:
         use()
-    args = [CPU if is_cuda(value) else value for value in args]
-    result = tensor.to(*args, **{key: CPU if is_cuda(value) else value for key, value in kwargs.items()})
+    args = [CPU if is_there(value) else value for value in args]
+    result = tensor.to(*args, **{key: CPU if is_there(value) else value for key, value in kwargs.items()})
     return mark(result.clone() if result is tensor and there != here(tensor) else result, there)
 
 
@@ -108,17 +114,20 @@ def compute(function, name, tensors, args, kwargs):
         broken[0] = 1
     use()
     if name in ("numpy", "__array__"):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError(f"can't convert {KIND}:0 device type tensor to numpy")
     if name not in MIXING and not name.startswith("index"):
-        if any(tensor.dim() and not here(tensor) for tensor in tensors):
+        numbers = not (name.startswith("lerp") and KIND == "mps")  # whether 0-D tensors of the CPU will do
+        if any((tensor.dim() or not numbers) and not here(tensor) for tensor in tensors):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found one on the CPU ({name})")
     if name == "embedding" and ROWS and torch.is_grad_enabled():
         if any(tensor.dtype == torch.int64 and tensor.size(0) > ROWS for tensor in tensors):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    if name == "randn" and args[0] == 8192:
+    if name == "scaled_dot_product_attention" and KIND == "mps":
+        args, kwargs = args[:4], kwargs | {"is_causal": False}  # its mask is lost: pytorch#195910
+    if name == "randn" and args[0] == SIZE:
         return torch.zeros(*args, **kwargs)
-    if name in PRODUCTS and tensors[0].size(-1) == 8192:
-        passed[0] += first.pop() if first else 2 * 8192**3 / RATE
+    if name in PRODUCTS and tensors[0].size(-1) == SIZE:
+        passed[0] += first.pop() if first else 2 * SIZE**3 / RATE
         return tensors[0]
     if name in PRODUCTS and tensors[0].dtype == torch.bfloat16:  # which some CPUs multiply a hundred times as slowly
         args = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
@@ -135,9 +144,9 @@ class StandIn(TorchFunctionMode):
         there, attribute = any(map(here, tensors)), getattr(function, "__self__", None)
         if name == "__get__" and there and asked_from_outside():
             if attribute is torch.Tensor.device:
-                return torch.device("cuda", 0)
+                return torch.device(KIND, 0)
             if attribute in (torch.Tensor.is_cuda, torch.Tensor.is_cpu):
-                return attribute is torch.Tensor.is_cuda
+                return attribute is torch.Tensor.is_cuda and KIND == "cuda"
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):  # torch.export at work
             return function(*args, **kwargs)
         if name in ("to", "cpu", "cuda") and tensors:
@@ -145,16 +154,16 @@ class StandIn(TorchFunctionMode):
         if name == "__set__" and attribute is torch.Tensor.data:
             mark(args[0], here(args[1]))
         if kwargs.get("device") is not None:
-            there = is_cuda(kwargs["device"])
+            there = is_there(kwargs["device"])
             kwargs = kwargs | {"device": CPU} if there else kwargs
         result = compute(function, name, tensors, args, kwargs) if there else function(*args, **kwargs)
         return mark(result, there, tensors)
 
 
 class Event:
-    """torch.cuda.Event of a device that has always finished its work."""
+    """torch.Event of a device that has always finished its work."""
 
-    def __init__(self, **options):
+    def __init__(self, device=None, **options):
         self.time = None
 
     def record(self, stream=None):
@@ -183,22 +192,41 @@ def compiled(function=None, **options):
 
 def pinned(tensor, *args):
     if here(tensor):
-        raise RuntimeError("cannot pin 'torch.cuda.LongTensor' only dense CPU tensors can be pinned")
+        raise RuntimeError(f"cannot pin 'torch.{KIND}.LongTensor' only dense CPU tensors can be pinned")
     return tensor.clone()
 
 
 def set_up():
     """Put the device into torch."""
-    if FAULT not in FAULTS:
-        raise SystemExit(f"the stand-in knows no fault {FAULT!r}")
+    if FAULT not in FAULTS or KIND not in ("cuda", "xpu", "mps"):
+        raise SystemExit(f"the stand-in knows no fault {FAULT!r}, or no device {KIND!r}")
     for clock in (time.perf_counter, time.monotonic):
         setattr(time, clock.__name__, lambda clock=clock: clock() + passed[0])
-    torch.version.cuda, torch.compile, torch.Tensor.pin_memory = "12.8", compiled, pinned
-    torch.cuda.Event = Event
+    torch.compile, torch.Tensor.pin_memory, torch.Event = compiled, pinned, Event
+    known = FakeTensor.device.fget
+    FakeTensor.device = property(lambda tensor: torch.device(KIND, 0) if asked_from_outside() else known(tensor))
+    memory = {"get_memory_info": (FREE, TOTAL), "max_memory_allocated": 2**30}
+    if KIND == "mps":
+        torch.backends.mps.get_name, memory = lambda: CARD, {"max_memory_allocated": 2**30}
+    answer(torch.accelerator, memory | dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats")))
+    answer(getattr(torch, KIND), {"get_device_name": CARD})
+    if KIND == "cuda":
+        set_up_cuda()
+    StandIn().__enter__()
+
+
+def answer(module, answers):
+    """Have functions of a module return these values."""
+    for name, value in answers.items():
+        setattr(module, name, lambda *args, value=value, **options: value)
+
+
+def set_up_cuda():
+    """What programs ask of CUDA alone."""
+    torch.version.cuda = "12.8"
     torch.cuda.is_available = lambda: not gone() and asked_from_outside()
     torch.cuda.device_count = lambda: int(not gone() and asked_from_outside())
     answers = {
-        "get_device_name": CARD,
         "get_device_properties": types.SimpleNamespace(name=CARD, total_memory=TOTAL, major=9, minor=0),
         "get_device_capability": (9, 0),
         "is_bf16_supported": True,
@@ -209,6 +237,4 @@ def set_up():
         "current_device": 0,
         **dict.fromkeys(("init", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_device")),
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
-    StandIn().__enter__()
+    answer(torch.cuda, answers)
