@@ -1,8 +1,8 @@
 """Shows in some six minutes whether all is well on a GPU, as a table for the README: python tests/gpu_smoke.py
 
 The baseline at climbmix's size, on random tokens: nothing is fetched, and nothing is needed but what a trial needs.
-Exits with 2 where there is no CUDA device, and with 1 if a part failed or measured what it should not; the table tells
-which, and the other parts are measured all the same.
+Exits with 2 where there is no GPU that torch can use, and with 1 if a part failed or measured what it should not; the
+table tells which, and the other parts are measured all the same.
 """
 
 import base64
@@ -33,6 +33,7 @@ from exam.examiner import examine  # noqa: E402
 from exam.files import sha256  # noqa: E402
 from exam.fingerprints import verify  # noqa: E402
 from exam.machine import ask_speed  # noqa: E402
+from exam.speed import device_name  # noqa: E402
 from exam.trial import trial  # noqa: E402
 
 # The task climbmix with a dataset of our own, and a quarter of its validation rows.
@@ -45,7 +46,7 @@ REPEATS = 5  # of what is timed by itself
 
 Row = namedtuple("Row", "what value fine", defaults=[True])
 
-# A train.py that needs CUDA and the compiler, and little else.
+# A train.py that needs the GPU and the compiler, and little else.
 SMALL = """
 import torch, torch.nn as nn, torch.nn.functional as F
 from prepare import TASK, begin, device
@@ -57,7 +58,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
 def loss_of(x, y):
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
-loss_of = torch.compile(loss_of, backend="inductor" if place.type == "cuda" else "eager")
+loss_of = torch.compile(loss_of, backend="inductor" if place.type in ("cuda", "xpu") else "eager")
 x = torch.zeros(4, TASK.seq_len, dtype=torch.int64, device=place)
 loss_of(x, x.clone()).backward()
 run = begin(model)
@@ -92,8 +93,8 @@ def write_data(task, train_rows):
 
 
 def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def seconds(function, device):
@@ -197,7 +198,7 @@ def baseline(task, device, flops, scratch):
     torch.manual_seed(0)
     depth, dim, head_dim, batch = train.size_for(flops * train.EXPECTED_MFU * task.time_budget)
     model = train.GPT(task.vocab_size, task.seq_len, depth, dim, head_dim).to(device)
-    loss_of, batch_rows = train.make_loss(model, compiled=device.type == "cuda"), batch // task.seq_len
+    loss_of, batch_rows = train.make_loss(model, compiled=device.type in train.COMPILED), batch // task.seq_len
     with train.fast_attention(device):
         start, rows = time.perf_counter(), min(train.DEVICE_TOKENS // task.seq_len, batch_rows)
         rows = train.warm_up(model, loss_of, rows, batch_rows, device)
@@ -225,17 +226,19 @@ def baseline(task, device, flops, scratch):
 
 def memory_rows(when, device, optimisers=None, peak=None):
     """Yield rows on the device's memory since the last call; returns the peak in bytes, 0 on a CPU."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return 0
-    most, (free, total) = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()
+    most = torch.accelerator.max_memory_allocated()
     yield Row(f"baseline: GB of memory at most {when}", f"{most / 1e9:.2f}")
-    yield Row(f"baseline: GB free {when}", f"{free / 1e9:.2f} of {total / 1e9:.2f}")
+    if device.type != "mps":  # whose memory is the machine's
+        free, total = torch.accelerator.get_memory_info()
+        yield Row(f"baseline: GB free {when}", f"{free / 1e9:.2f} of {total / 1e9:.2f}")
     if optimisers:
         tensors = [value for state in optimisers.adamw.state.values() for value in state.values()]
         tensors += [buffer for _, *buffers, _ in optimisers.muon.groups for buffer in buffers]
         tensors += [optimisers.ngrams.energy, optimisers.ngrams.place]
         yield Row("baseline: GB of the optimisers' state", f"{sum(tensor.nbytes for tensor in tensors) / 1e9:.2f}")
-    torch.cuda.reset_peak_memory_stats()
+    torch.accelerator.reset_peak_memory_stats()
     return most
 
 
@@ -305,9 +308,9 @@ def measure(parts, task, device, flops, scratch):
             traceback.print_exc()
             first_line = str(error).strip().partition("\n")[0]
             table.append(Row(f"{part.__name__} FAILED", f"{type(error).__name__}: {first_line}", False))
-        if device.type == "cuda":
+        if device.type != "cpu":
             with contextlib.suppress(RuntimeError):  # of a broken device
-                torch.cuda.empty_cache()
+                torch.accelerator.empty_cache()
     return table
 
 
@@ -318,8 +321,13 @@ def print_table(table):
 
 
 def main():
-    if not torch.cuda.is_available():
-        print("gpu_smoke.py: there is no CUDA device here; run it on a machine with an NVIDIA GPU", file=sys.stderr)
+    if not prepare.has_gpu():
+        print("gpu_smoke.py: there is no GPU here that this torch can use", file=sys.stderr)
+        return 2
+    try:
+        device = prepare.find_device()
+    except prepare.Pause as fault:
+        print(f"gpu_smoke.py: {fault}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as scratch:
         # Of its own, so that nothing is known or compiled beforehand; begin() leaves its first save in tempdir.
@@ -328,9 +336,9 @@ def main():
         write_data(TASK, TRAIN_ROWS)
         flops = prepare.machine_flops()
         table = [
-            Row("device", f"{torch.cuda.get_device_name()}, torch {torch.__version__}"),
+            Row("device", f"{device_name(device)}, torch {torch.__version__}"),
             Row("TFLOP/s that sizes are chosen by", f"{flops / 1e12:.1f}"),
-            *measure(PARTS, TASK, torch.device("cuda"), flops, Path(scratch)),
+            *measure(PARTS, TASK, device, flops, Path(scratch)),
         ]
     print_table(table)
     return 0 if all(row.fine for row in table) else 1

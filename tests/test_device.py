@@ -4,11 +4,13 @@ import json
 import os
 import platform
 import subprocess
+import types
 
 import pytest
 from conftest import ROOT
 
 import prepare
+from exam import sandbox
 from exam.check import rehearsal_fault
 from exam.result import Result
 
@@ -83,23 +85,83 @@ def test_a_gpu_that_torch_cannot_use_stops_everything_with_one_sentence(on_gpu, 
 
 
 @pytest.mark.parametrize(
-    ("cuda", "files", "error", "advice"),
+    ("build", "files", "error", "advice"),
     [
-        (None, True, "Torch not compiled with CUDA enabled", "is a build for the CPU: install one for CUDA"),
-        ("12.8", False, "CUDA unknown error - this may be due to", "run nvidia-modprobe -u -c=0"),
-        ("12.8", True, "CUDA error: CUDA-capable device(s) is/are busy or unavailable", "nvidia-smi -c DEFAULT"),
-        ("12.8", True, "CUDA out of memory. Tried to allocate 2 MiB", "end the other programs"),
-        ("12.8", True, "CUDA error: invalid device ordinal", "CUDA_VISIBLE_DEVICES is '7': nvidia-smi -L lists"),
-        ("12.8", True, "CUDA driver version is insufficient\nmore words", "nvidia-smi tells whether the driver works"),
+        ("", True, "Torch not compiled with CUDA enabled", "is a build for the CPU: install one for CUDA"),
+        ("cuda", False, "CUDA unknown error - this may be due to", "run nvidia-modprobe -u -c=0"),
+        ("cuda", True, "CUDA error: CUDA-capable device(s) is/are busy or unavailable", "nvidia-smi -c DEFAULT"),
+        ("cuda", True, "CUDA out of memory. Tried to allocate 2 MiB", "end the other programs"),
+        ("cuda", True, "CUDA error: invalid device ordinal", "CUDA_VISIBLE_DEVICES is '7': nvidia-smi -L lists"),
+        ("cuda", True, "CUDA driver version is insufficient\nmore words", "nvidia-smi tells whether the driver works"),
+        ("hip", True, "No HIP GPUs are available", "rocminfo tells whether the driver works; your user has to be in"),
+        ("xpu", True, "No XPU devices are available", "sycl-ls tells whether the driver works; your user has to be in"),
+        ("mps", False, "The MPS backend is supported on MacOS 14.0+", "it takes Apple silicon and macOS 14 or later"),
     ],
 )
-def test_the_sentence_on_a_broken_gpu_says_what_to_do(cuda, files, error, advice, monkeypatch):
-    monkeypatch.setattr("torch.version.cuda", cuda)
+def test_the_sentence_on_a_broken_gpu_says_what_to_do(build, files, error, advice, monkeypatch):
+    for name in ("cuda", "hip"):
+        monkeypatch.setattr(f"torch.version.{name}", "12.8" if build == name else None)
+    if build in ("xpu", "mps"):
+        monkeypatch.setattr(prepare, "device_kind", lambda: build)
     monkeypatch.setattr("os.path.exists", lambda path: files and path.startswith("/dev/"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     said = prepare.device_fault(RuntimeError(error))
     assert said.startswith(f"the GPU cannot be used ({error.splitlines()[0]}); ") and "\n" not in said
     assert advice in said
+
+
+@pytest.mark.parametrize(
+    ("files", "build", "hiding", "kind"),
+    [
+        ({"/dev/nvidia3"}, "", {}, "cuda"),
+        ({"/dev/nvidia0", "/dev/kfd", "/dev/dri/renderD128"}, "xpu", {"CUDA_VISIBLE_DEVICES": "1"}, "cuda"),
+        ({"/dev/nvidia0"}, "", {"CUDA_VISIBLE_DEVICES": ""}, "cpu"),
+        ({"/dev/dxg", "/usr/lib/wsl/lib/libcuda.so.1"}, "", {}, "cuda"),
+        ({"/dev/dxg"}, "", {}, "cpu"),
+        ({"/dev/kfd", "/dev/dri/renderD128"}, "hip", {"ROCR_VISIBLE_DEVICES": "0"}, "cuda"),
+        ({"/dev/kfd", "/dev/dri/renderD128"}, "", {}, "cpu"),  # a laptop with AMD's graphics
+        ({"/dev/kfd"}, "hip", {"CUDA_VISIBLE_DEVICES": "-1"}, "cpu"),
+        ({"/dev/kfd"}, "hip", {"HIP_VISIBLE_DEVICES": ""}, "cpu"),
+        ({"/dev/kfd"}, "hip", {"ROCR_VISIBLE_DEVICES": ""}, "cpu"),
+        ({"/dev/dxg"}, "hip", {}, "cuda"),
+        (set(), "hip", {}, "cpu"),
+        ({"/dev/dri/renderD129"}, "xpu", {"ZE_AFFINITY_MASK": "1"}, "xpu"),
+        ({"/dev/dri/renderD129"}, "xpu", {"ZE_AFFINITY_MASK": ""}, "cpu"),
+        ({"/dev/dri/renderD129"}, "", {}, "cpu"),  # a laptop with Intel's graphics
+    ],
+)
+def test_the_kind_of_device_follows_from_its_files_and_from_what_torch_is_built_for(
+    files, build, hiding, kind, monkeypatch, tmp_path
+):
+    lines = [f"{name}: Optional[str] = {repr('6.4') if name == build else None}" for name in ("cuda", "hip", "xpu")]
+    (tmp_path / "version.py").write_text("\n".join(lines))
+    spec = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    monkeypatch.setattr("os.path.exists", files.__contains__)
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in hiding.items():
+        monkeypatch.setenv(name, value)
+    assert prepare.device_kind() == kind and prepare.has_gpu() == (kind != "cpu")
+
+
+def test_a_trial_is_told_which_gpu_is_its_own_and_no_keys(monkeypatch):
+    told = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "HIP_VISIBLE_DEVICES": "1",
+        "ROCR_VISIBLE_DEVICES": "2",
+        "GPU_DEVICE_ORDINAL": "3",
+        "ZE_AFFINITY_MASK": "4",
+        "HSA_OVERRIDE_GFX_VERSION": "11.0.0",
+        "ONEAPI_DEVICE_SELECTOR": "level_zero:*",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    for name in ("NVIDIA_API_KEY", "ROCM_TOKEN", "SYCL_CACHE_DIR"):
+        monkeypatch.setenv(name, "x")
+    inherited = sandbox.environment()
+    assert told.items() <= inherited.items()
+    assert not {"NVIDIA_API_KEY", "ROCM_TOKEN", "SYCL_CACHE_DIR"} & inherited.keys()
 
 
 HIDDEN = """
@@ -147,3 +209,19 @@ def test_the_check_compiles_in_the_sandbox_and_compares_the_card_with_its_kind(o
     assert "NO  speed:" in said.stdout and "1700 is what such cards reach" in said.stdout
     said = "/room/.triton/driver.c:3:10: fatal error: Python.h: No such file or directory\ncompilation terminated."
     assert "install python3-dev" in rehearsal_fault(said, 1)
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_the_check_runs_in_the_sandbox_on_gpus_of_other_makes(kind, on_gpu):
+    said = on_gpu("prepare.py", "--check", "--task", "tiny", kind=kind, card=KINDS[kind])
+    assert said.returncode == 0, said.stdout + said.stderr
+    ran = {"xpu": "a kernel compiled and ran on the GPU", "mps": "a small program ran on MPS"}[kind]
+    memory = {"xpu": ", 70.0 of 80.0 GB free", "mps": ""}[kind]
+    assert f"trial's room:  {ran} in" in said.stdout and f"ok  GPU:           {KINDS[kind]}{memory}\n" in said.stdout
+
+
+def test_training_by_hand_is_examined_on_a_mac(on_gpu, candidate, tmp_path):
+    by_hand = tmp_path / "train.py"
+    by_hand.write_text(candidate().read_text())
+    said = on_gpu(by_hand, kind="mps", card=KINDS["mps"], PYTHONPATH=str(ROOT), AUTORESEARCH_TASK="tiny")
+    assert said.returncode == 0 and "val_bpb" in said.stdout and "peak_vram_mb:     1024.0" in said.stdout, said

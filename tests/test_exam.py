@@ -508,6 +508,7 @@ def known(cache, tmp_path_factory):
     }
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("ANTHROPIC_API_KEY", "SECRET")
+        environment.setenv("NVIDIA_API_KEY", "SECRET")
         yield "\n".join(f"{name} = {value!r}" for name, value in names.items())
     meta.write_text(before)
     for service in (server, *services):
@@ -1009,7 +1010,10 @@ PROGRAMS = {
     "calls without end": (lambda program: program.update(calls=[1, 2, 3]), "not a sealed model"),
     "no output": (lambda program: program.pop("output"), "not a sealed model"),
     "another batch": (lambda program: program.update(batch=1), "batches of 1 rows"),
-    "another device": (lambda program: program.update(device="meta"), "not here"),
+    **{
+        f"the device {device!r}": (lambda program, device=device: program.update(device=device), "not here")
+        for device in ("meta", "xpu", "mps", "cpu:0", "", None, ["cpu"], {"cpu": 1})
+    },
     "tensors that are not there": (lambda program: program.update(tensors={"0": "x"}), "not a sealed model"),
     "nothing but the tokens": (lambda program: program.update(output=len(program["tensors"]) - 1), "floating point"),
 }
