@@ -6,7 +6,8 @@ names it ("cuda", "xpu" or "mps"), and:
 - torch.accelerator and the module of that kind answer as if that card were there;
 - a tensor that was made on the device or moved there says so, and so does all that is computed from it, while the CPU
   does the work; as on the real device, one from the CPU beside it is an error, and so is numpy();
-- on "mps", float64 is an error as well, and what a Mac lacks of Linux is gone;
+- on "mps", float64 is an error as well, a process that was forked cannot use the device, and what a Mac lacks of Linux
+  is gone;
 - torch.compile does nothing, and the large products that measure the rate only seem to take their time.
 
 TORCH_STAND_IN_FAULT breaks it, TORCH_STAND_IN_ROWS is the number of rows that fit into its memory in training.
@@ -47,6 +48,8 @@ MIXING |= {"_has_compatible_shallow_copy_type"}
 PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
 
 broken = mmap.mmap(-1, 1)  # one flag, which processes that are forked from this one share
+forked = []  # not empty in a process that was forked after torch was imported
+os.register_at_fork(after_in_child=lambda: forked.append(True))
 passed = [0.0]  # seconds that products seem to have taken
 first = [2.0] if FAULT == "slow start" else []
 
@@ -59,6 +62,8 @@ def use():
     """Every use of the device comes by here, and fails where it is broken."""
     if gone():
         raise RuntimeError(f"No {KIND.upper()} GPUs are available")
+    if forked and KIND == "mps":
+        raise RuntimeError("XPC_ERROR_CONNECTION_INVALID")
     if broken[0]:
         raise getattr(torch, "AcceleratorError", RuntimeError)(ECC)
 
