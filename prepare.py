@@ -8,9 +8,8 @@ in exam/, on the other side of a process boundary:
   python prepare.py --check                     see whether all is well for a night
   python prepare.py trial TRAIN_PY --out DIR    one experiment under sandbox and clock; writes DIR/result.json
 
-A trial runs train.py beside a copy of this file, which therefore needs nothing of exam/ there. Top to bottom: the task,
-the machine, the sealed model, and what train.py calls. train.py uses six names of it: TASK, SEED, device,
-matmul_dtype, machine_flops and begin.
+A trial runs train.py beside a copy of this file, which needs nothing of exam/ there. train.py uses six names of it:
+TASK, SEED, device, matmul_dtype, machine_flops and begin.
 """
 
 import contextlib
@@ -162,7 +161,6 @@ def _setting():
 
 
 TOLD, TASK, SEED = _setting()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine: its device, and the rate that a model is sized by
@@ -693,8 +691,7 @@ class Run:
 
     def __init__(self, program, constants, path, channel):
         self._program, self._constants, self._path, self._channel = program, constants, path, channel
-        self._reserve = 0.0
-        self._tokens = self._steps = 0
+        self._reserve, self._tokens, self._steps = 0.0, 0, 0
 
     def _tensors(self, model):
         """The tensors that the sealed program names, as they are now in `model`."""
@@ -729,6 +726,11 @@ class Run:
     def progress(self):
         """Share of the usable budget that has passed; submit at 1. The time that saving takes is already set aside."""
         return self.seconds / max(TASK.time_budget - self._reserve, 1e-9)
+
+    @property
+    def epoch_tokens(self):
+        """Tokens of the training text: those of one epoch."""
+        return len(self._rows) * TASK.seq_len
 
     def batches(self, batch_size):
         """Yield (x, y) without end, int64 [batch_size, T] on the model's device; y is x one token later.
@@ -767,8 +769,7 @@ class Run:
         import torch
 
         save_sealed(self._path, self._program, self._tensors(model))
-        seconds = self.seconds
-        report = {"steps": self._steps, "tokens": self._tokens, "params": self._params}
+        seconds, report = self.seconds, {"steps": self._steps, "tokens": self._tokens, "params": self._params}
         if self._program["device"] != "cpu":
             report["peak_vram_mb"] = torch.accelerator.max_memory_allocated() / 2**20
         if self._channel:

@@ -182,14 +182,15 @@ class NgramEmbedding(nn.Module):
     """Embeddings of the n-grams that end in a token, hashed into tables (fastText, arXiv 1607.04606).
 
     Each has a row in one table per hash, which holds that share of the width: two that share one row rarely share both
-    (hash embeddings, arXiv 1709.03933). All are one parameter with a sparse gradient, so their size costs a step
-    nothing.
+    (hash embeddings, arXiv 1709.03933). All are one parameter with a sparse gradient: their size costs a step nothing.
+    They learn by heart what is read again: then training reads an n-gram with a chance of 1 / passes^2 (see train).
     """
 
     def __init__(self, vocab_size, dim):
         super().__init__()
         self.rows, count = NGRAM_ROWS * vocab_size, len(NGRAM_ORDERS) * len(HASH_PRIMES)
         self.table = nn.Parameter(torch.zeros(count * self.rows, dim // len(HASH_PRIMES), dtype=DTYPE))
+        self.keep = 1.0  # chance that training reads an n-gram
 
     def forward(self, idx):
         """int64 tokens [B, T] -> DTYPE [B, T, orders, C]; tokens before the first count as 0."""
@@ -202,7 +203,10 @@ class NgramEmbedding(nn.Module):
                     key = key * prime ^ token  # FNV-1
                 ids.append(key % self.rows + len(ids) * self.rows)
         found = F.embedding(torch.stack(ids, dim=-1), self.table, sparse=self.training)
-        return found.view(*idx.shape, len(NGRAM_ORDERS), -1)
+        found = found.view(*idx.shape, len(NGRAM_ORDERS), -1)
+        if self.training:
+            found = found * (torch.rand_like(found[..., :1], dtype=torch.float32) < self.keep)
+        return found
 
 
 class Linear(nn.Linear):
@@ -225,8 +229,7 @@ class Attention(nn.Module):
     def __init__(self, dim, head_dim, window, has_value_embed):
         super().__init__()
         self.head_dim, self.window = head_dim, window
-        self.query, self.key, self.value = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
-        self.out = Linear(dim, dim)
+        self.query, self.key, self.value, self.out = (Linear(dim, dim) for _ in range(4))
         gates = (1 + len(NGRAM_ORDERS)) * dim // head_dim
         self.gate = Linear(min(GATE_CHANNELS, dim), gates) if has_value_embed else None
 
@@ -332,8 +335,7 @@ def polar_express(x):
     Polar Express, arXiv 2505.16932: five quintic steps, each optimal for the range of singular values that is left.
     """
     x = x.to(DTYPE)
-    # Singular values must start below 1; the margin covers what bfloat16 rounds.
-    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)  # below 1, with a margin for what bfloat16 rounds
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -545,6 +547,7 @@ def train(run, model, loss_of, optimisers, rows, passes, peak_flops):
         if fence:
             fence.synchronize()
         progress = run.progress
+        model.ngram_embed.keep = min(1.0, run.epoch_tokens * progress / (step * batch_tokens)) ** 2
         optimisers.step(step - 1, progress)
         model.zero_grad(set_to_none=True)
         if fence:
@@ -573,8 +576,7 @@ def main():
     keep_freed_memory()
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
-    place = device()
-    peak_flops = machine_flops()
+    place, peak_flops = device(), machine_flops()
     depth, dim, head_dim, batch_tokens = size_for(peak_flops * EXPECTED_MFU * TASK.time_budget)
     model = GPT(TASK.vocab_size, TASK.seq_len, depth, dim, head_dim).to(place)
     loss_of = make_loss(model, compiled=place.type in COMPILED)
@@ -585,10 +587,8 @@ def main():
     passes = batch_rows // rows
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     print(f"{size}: depth {depth}, width {dim}; {passes} x {rows} rows of {TASK.seq_len} tokens per step", flush=True)
-
     optimisers = Optimisers(model)
-    # A garbage collection in mid-run costs more than what it could free.
-    gc.collect(), gc.freeze(), gc.disable()
+    gc.collect(), gc.freeze(), gc.disable()  # a collection in mid-run costs more than it could free
     run = begin(model)
     with fast_attention(place):
         steps, tokens, mfu = train(run, model, loss_of, optimisers, rows, passes, peak_flops)

@@ -181,7 +181,7 @@ class ShortRun:
     """A run that ends after so many steps instead of by its clock."""
 
     def __init__(self, run, steps):
-        self.batches, self.steps, self.looks = run.batches, steps, 0
+        self.batches, self.epoch_tokens, self.steps, self.looks = run.batches, run.epoch_tokens, steps, 0
 
     def log(self, **values):
         pass

@@ -48,6 +48,8 @@ def small_model(depth=3, seed_weights=True):
 class FakeRun:
     """The exam board's side of a run, over three batches in turn; the clock advances by a step at every look."""
 
+    epoch_tokens = 10**6
+
     def __init__(self, steps):
         self.steps, self.looks, self.logged, self.submitted = steps, 0, [], None
 
@@ -148,6 +150,26 @@ def test_an_ngram_is_found_by_its_tokens_and_by_no_other(order, back):
         changed[0, 30 - distance] = (changed[0, 30 - distance] + 1) % V
         same = torch.equal(ngrams(changed)[0, 30, order], before[30])
         assert same == (distance > back)
+
+
+def test_training_reads_only_as_many_ngrams_as_it_is_told_and_the_score_all():
+    ngrams, tokens = small_model().ngram_embed, torch.randint(V, (40, T))
+    torch.nn.init.ones_(ngrams.table)
+    assert ngrams(tokens).all()
+    ngrams.keep = 0.25
+    read = ngrams(tokens)
+    assert torch.equal(read.amin(-1), read.amax(-1))  # a whole n-gram or nothing of it
+    assert 0.2 < read.float().mean() < 0.3
+    assert 0.01 < read[:, :, :, 0].float().prod(-1).mean() < 0.12  # each order on its own
+    assert ngrams.eval()(tokens).all()
+
+
+@pytest.mark.parametrize("passes, keep", [(0.5, 1.0), (2, 0.25), (4, 0.0625)])
+def test_ngrams_are_read_less_often_the_more_often_a_run_will_have_read_its_text(passes, keep):
+    run, model = FakeRun(20), small_model(2, seed_weights=False)
+    run.epoch_tokens = 20 * 2 * T / passes
+    train.train(run, model, train.make_loss(model, False), train.Optimisers(model), 2, 1, 1e12)
+    assert model.ngram_embed.keep == pytest.approx(keep)
 
 
 def test_two_ngrams_that_share_a_row_of_one_table_differ_in_the_other():
