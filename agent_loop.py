@@ -8,6 +8,9 @@ The state is git, results.tsv and runs/, and nothing else, so the same command c
 a candidate is a commit under refs/autoresearch/<tag>/ before its first trial starts, a result is a file before it is a
 row, a row is on disk before the branch moves. The branch autoresearch/<tag> only ever moves to a better train.py; no
 other file, and no other branch, is touched.
+
+Several trials may be under way, one in each slot (a card, a share of the CPU, a launcher's machine). Verdicts are given
+in the order in which they end, against the best of that moment.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import math
 import os
 import re
 import sys
@@ -25,16 +29,18 @@ try:
     from rich.console import Console
 
     import prepare
+    from exam import signals
     from exam.files import ROOT
     from exam.sandbox import sandbox_level
-    from exam.signals import hear_signals
     from lab import launch, report
-    from lab.book import title
+    from lab.book import Experiment, title
+    from lab.drafts import Drafts
     from lab.measure import Measure
     from lab.model import FALLBACK, MODEL, Model
     from lab.news import News
     from lab.repository import Repository
-    from lab.researcher import Enough, Researcher, Search
+    from lab.researcher import Draft, Enough, Researcher, Search
+    from lab.slots import Slot, choose_slots, idle_cards
     from lab.tag import THROW_AWAY, Tag, book_owner
     from lab.view import COLOURS, View, live, say
     from prepare import PASSING, Pause, Trouble, words
@@ -43,72 +49,114 @@ except ModuleNotFoundError as missing:  # a fresh clone
     sys.exit(2)
 
 PAUSE = 60.0  # seconds until a full disk or a missing GPU is looked at again
+LAUNCH_TRIES = 3  # trials in a row that a slot's launcher loses, until the slot pauses
+POLL = 0.05  # seconds between two looks at what other slots have brought
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
 class Loop:
-    """Experiments of one tag, one after the other, until a limit is reached."""
+    """Experiments of one tag, one at a time in each slot, until a limit is reached."""
 
-    def __init__(self, tag: Tag, researcher: Researcher, measure: Measure, news: News, arguments, started: float):
+    def __init__(self, tag: Tag, researcher: Researcher, measure: Measure, news: News, slots: tuple[Slot, ...]):
         self.tag, self.researcher, self.measure, self.news, self.say = tag, researcher, measure, news, tag.say
-        self.most, self.hours, self.started = arguments.max_experiments, arguments.hours, started  # time.monotonic()
-        self.drafts = {}  # {commit: draft} of candidates without a row, with what their researcher remembers
-        self.drafted = None  # a draft that is not committed yet: it has cost money, and a full disk must not lose it
+        self.slots, self.drafts = slots, Drafts(tag, researcher, tag.say)
+        self.most: int | None = None  # experiments of the tag besides its baseline
+        self.ends = math.inf  # time.monotonic() from which no experiment is to begin
+        self.reason: str | None = None  # why none is to follow
+        self.trouble: Trouble | None = None
 
-    def run(self) -> str:
-        """Hold experiments until a limit is reached; returns which."""
-        while not (reason := self.limit_reached()):
+    async def run(self) -> str:
+        """Hold experiments until a limit is reached; returns which. Raises Trouble once all slots have ended."""
+        workers = [asyncio.ensure_future(self.work(slot)) for slot in self.slots]
+        try:
+            await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.wait(workers)
+        for worker in workers:
+            if not worker.cancelled():
+                worker.result()
+        if self.trouble:
+            raise self.trouble
+        return self.reason
+
+    async def work(self, slot: Slot):
+        """The life of a slot."""
+        faults = 0  # in a row
+        while not self.over():
             try:
-                self.experiment()
+                faults = 0 if await self.experiment(slot) else faults
             except Enough as enough:
-                return str(enough)
+                self.reason = self.reason or str(enough)
             except (Pause, OSError) as fault:  # every step can be taken again
                 if not isinstance(fault, Pause) and fault.errno not in PASSING:
                     raise
-                self.say(f"paused: {words(fault)}; trying again in {PAUSE:.0f} s", "yellow")
-                self.news.send("paused, and may need you", words(fault))
-                time.sleep(PAUSE)
-        return reason
+                faults += 1
+                await self.rest(fault, slot, at_once=bool(slot.launcher) and faults < LAUNCH_TRIES)
+            except Trouble as trouble:  # what the other slots have begun counts
+                self.trouble = self.trouble or trouble
 
-    def experiment(self):
-        """Hold one experiment, from the draft to the row."""
-        tag, researcher = self.tag, self.researcher
-        commit, draft = tag.candidate() or self.new_candidate()
-        draft = self.drafts.get(commit, draft)
-        if reason := self.limit_reached():  # waiting for the draft has taken the rest of the night
-            raise Enough(reason)
-        self.say(f"{commit} {draft.description}", "bold")
-        if not self.limit_reached(running=1):
-            researcher.think_ahead(tag.brief(running=(f"{commit} {draft.description}",)), 1)
-        before = tag.best
-        experiment, why = self.measure.measure(commit, draft)
-        tag.record(experiment)
-        self.drafts.pop(commit, None)
-        self.measure.running = None
+    async def rest(self, fault: Exception, slot: Slot, at_once: bool):
+        """Let a fault of the machine pass."""
+        where = f"{slot.name}: " * (len(self.slots) > 1)
+        if at_once:
+            return self.say(f"{where}{words(fault)}; trying again", "yellow")
+        self.say(f"{where}paused: {words(fault)}; trying again in {PAUSE:.0f} s", "yellow")
+        self.news.send("paused, and may need you", words(fault))
+        await asyncio.sleep(PAUSE)
+
+    def over(self) -> bool:
+        """Whether no experiment is to follow those that are under way."""
+        self.reason = self.reason or self.limit_reached()
+        return bool(self.reason or self.trouble)
+
+    def limit_reached(self, running=0):
+        """Why no experiment is to follow those on record and the `running` ones; None where one may."""
+        if self.most is not None and len(self.tag.experiments) + running > self.most:
+            return f"tag {self.tag.name} holds its {self.most} experiments"
+        return "the hours are over" if time.monotonic() > self.ends else None
+
+    async def experiment(self, slot: Slot) -> bool:
+        """Hold one experiment, from the draft to the row; false, after a moment, where none can begin."""
+        tag, drafts = self.tag, self.drafts
+        # For the baseline is waited, and where the limit is near, for what may have to be held again elsewhere.
+        wait = drafts.taken and not tag.experiments or self.limit_reached(drafts.begun)
+        if wait or not (found := await drafts.next(self.over)):
+            await asyncio.sleep(POLL)
+            return False
+        commit, draft = found
+        drafts.taken[commit] = draft.description
+        try:
+            self.say(f"{commit} {draft.description}", "bold")
+            left = math.inf if self.most is None else self.most + 1 - len(tag.experiments) - drafts.begun
+            drafts.think_ahead(len(self.slots), left)
+            if tag.experiments:
+                experiment, why = await self.measure.measure(commit, draft, slot)
+            else:
+                experiment, why = await self.measure.measure_baseline(draft, self.slots)
+            self.record(experiment, draft, why)
+        finally:
+            del drafts.taken[commit]
+        return True
+
+    def record(self, experiment: Experiment, draft: Draft, why: str):
+        """Write the row of a finished experiment, and tell of it whom it concerns."""
+        tag, before, commit = self.tag, self.tag.best, experiment.commit
+        tag.record(experiment, frozenset(running.out for running in self.measure.running.values()))
+        self.drafts.drafts.pop(commit, None)
         score = "" if experiment.status == "crash" else f"{experiment.val_bpb:.6f} "
         change = f"({experiment.val_bpb - before.val_bpb:+.6f}) " if before and score else ""
         self.say(f"{commit} {score}{change}{experiment.status}: {title(why)}", COLOURS[experiment.status])
         if experiment.status == "keep" and before:
             self.news.send("new best", f"val_bpb {experiment.val_bpb:.6f} {change}{draft.description}")
         if experiment.status == "crash":
-            researcher.failed(draft, tag.failure(commit))
-
-    def new_candidate(self):
-        """(short hash, draft) of a new idea, committed."""
-        draft = self.drafted = self.drafted or asyncio.run(self.researcher.draft(self.tag.brief()))
-        commit = self.tag.add(draft)
-        self.drafts[commit], self.drafted = draft, None
-        return commit, draft
-
-    def limit_reached(self, running=0):
-        """Why no experiment is to follow those on record and the `running` one; None where one may."""
-        if self.most is not None and len(self.tag.experiments) + running > self.most:
-            return f"tag {self.tag.name} holds its {self.most} experiments"
-        if self.hours is not None and time.monotonic() - self.started > 3600 * self.hours:
-            return f"{self.hours:g} hours are over"
-        return None
+            self.researcher.failed(draft, tag.failure(commit))
+        base = tag.base(commit) if before else None
+        if base and base.commit != before.commit and self.measure.beats(experiment, base):
+            self.drafts.carry_over(experiment, draft, before, base)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +213,9 @@ def parse_arguments():
     add("--max-cost", type=float, metavar="USD", help="of the model from this start; never exceeded")
     add("--hours", type=float, metavar="H", help="start no experiment after H hours")
     add("--max-experiments", type=int, metavar="N", help="end when the tag holds N and its baseline")
+    add("--gpus", metavar="WHICH", help="a trial on each: all, a number, or a list like 0,2")
+    add("--parallel", type=int, metavar="K", help="so many trials at a time: shares of a CPU, or with")
+    add("--launch", metavar="CMD", help="takes trials elsewhere: 'srun --gres=gpu:1 {}'")
     add("--notify-url", metavar="URL", help="post a new best, the end and trouble there")
     add("--greedy", action="store_true", help="keep any lower score after a single run")
     add("--no-sandbox", action="store_true", help="run train.py unconfined, if you trust its author")
@@ -207,32 +258,45 @@ def prepared(task):
     return (prepare.cache_root() / task.dataset / "meta.json").exists()
 
 
+def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
+    """Prepare data and tag for a night, and tell its owner what they may want to know first."""
+    speak, task = tag.say, tag.check(arguments.task, arguments.budget)
+    if not prepared(task):
+        speak(f"preparing the data of {task.name}, once")
+    flops, lacks = signals.run(launch.make_ready(task, slots[0], Path(tag.repository.repo.git_dir)))
+    tag.open(task, flops)
+    level = "none" if arguments.no_sandbox else sandbox_level()
+    speak(f"tag {tag.name}: task {task.name}, {task.time_budget:g} s a run, sandbox: {level}")
+    if level == "none":
+        speak("NO SANDBOX: train.py can read and write all that you can", "red")
+    if len(slots) > 1:
+        names = ", ".join(slot.name for slot in slots[:8]) + ", ..." * (len(slots) > 8)
+        speak(f"{len(slots)} trials at a time: {names}")
+    for line in filter(None, [*lacks, idle_cards(slots)]):
+        speak(line, "yellow")
+
+
 def night(tag: Tag, news: News, console: Console, arguments):
     """Open the tag and run the loop to its end, which is reported."""
     repository, speak, started = tag.repository, tag.say, time.monotonic()
     costs = tag.folder / "cost.jsonl"
+    slots = choose_slots(arguments.gpus, arguments.parallel, arguments.launch)
     researcher = Search() if arguments.researcher == "search" else Model(arguments, costs, speak)
+    if arguments.launch is not None and not (arguments.task or tag.settings):
+        raise Trouble("--launch does not tell what the other machines have; name a task for them with --task")
     task = prepare.get_task(arguments.task or tag.settings.get("task"))
     first_steps(task, researcher, repository)
     here, shared = Path(repository.repo.git_dir), Path(repository.repo.common_dir)  # of all its working trees
     with only_loop(here / "autoresearch.lock"), only_loop(shared / f"autoresearch-{tag.name}.lock"):
         home = repository.branch() or repository.run("rev-parse", "HEAD")
-        task = tag.check(arguments.task, arguments.budget)
-        if not prepared(task):
-            speak(f"preparing the data of {task.name}, once")
-        tag.open(task, None if prepared(task) and tag.settings else launch.make_ready(task))
-        level = "none" if arguments.no_sandbox else sandbox_level()
-        speak(f"tag {tag.name}: task {task.name}, {task.time_budget:g} s a run, sandbox: {level}")
-        if level == "none":
-            speak("NO SANDBOX: train.py can read and write all that you can", "red")
-        speak("looking whether the machine is fit for a night, as python prepare.py --check does")
-        for line in launch.shortcomings(task):
-            speak(line, "yellow")
+        open_tag(tag, arguments, slots)
         researcher.check()
         measure = Measure(tag, speak, arguments.greedy, sandbox=not arguments.no_sandbox)
-        loop = Loop(tag, researcher, measure, news, arguments, started)
+        loop = Loop(tag, researcher, measure, news, slots)
+        loop.most = arguments.max_experiments
+        loop.ends = started + 3600 * arguments.hours if arguments.hours is not None else math.inf
         with live(View(loop, console)):
-            reason = loop.run()
+            reason = signals.run(loop.run())
         speak(f"the end: {reason}")
     report.tell(tag, console)
     news.send("the end", f"{reason}; best val_bpb {tag.best.val_bpb:.6f}")
@@ -243,7 +307,7 @@ def night(tag: Tag, news: News, console: Console, arguments):
 
 def main():
     arguments, console, news = parse_arguments(), Console(), None
-    hear_signals()
+    signals.hear_signals()
     sys.stdout.reconfigure(errors="replace")  # no description can end the night in a terminal without Unicode
     speak = functools.partial(say, console)
     try:

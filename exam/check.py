@@ -27,6 +27,12 @@ def check(task):
     return code
 
 
+def shortcomings(task):
+    """What of this machine is not as a night needs it, a line each."""
+    found = itertools.chain(check_storage(task), check_machine(task))
+    return [f"{what}: {words}; {advice}" for what, words, advice in found if advice]
+
+
 def check_storage(task):
     """Yield (what, words, advice) on data and disks; advice is empty where all is well, and so below."""
     try:

@@ -6,12 +6,13 @@ table lacks, has none but the best measured so far, remembered in hardware.json.
 
 import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
 
 from exam.files import ROOT, cache_lock, write_atomically
-from exam.processes import exit_reason
+from exam.processes import exit_reason, usable_cores
 from exam.speed import measure_flops
 from prepare import PAUSE_CODE, Pause, Trouble, has_gpu
 
@@ -74,7 +75,8 @@ def machine_flops(again=False):
     again: measure once more, and remember the result if it is higher by a tenth: other programs had used the machine
     then. Less is noise, for which the sizes that follow from the rate must not change.
     """
-    device = ask_speed(0)["device"] if has_gpu() else "CPU"
+    part = f", {usable_cores()} cores" * (usable_cores() < os.cpu_count())
+    device = ask_speed(0)["device"] if has_gpu() else f"CPU{part}"
     if device in NOMINAL_TFLOPS:
         return 1e12 * NOMINAL_TFLOPS[device]
     with cache_lock("hardware") as root:

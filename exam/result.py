@@ -16,8 +16,8 @@ class Result:
     """What became of one trial, as result.json holds it; None, 0.0 or "" for what was not found out.
 
     outcome: one of COUNTED and UNCOUNTED. Times are in seconds, memory in MiB, matmul_flops in FLOP/s as the machine
-    multiplied right after the training; leak is the largest change of a loss by later tokens. sha256: {file: digest} of
-    what decides a score.
+    multiplied right after the training; leak is the largest change of a loss by later tokens. host and cores: the name
+    of the machine that held it, and on how many CPU cores. sha256: {file: digest} of what decides a score.
     """
 
     outcome: str
@@ -36,6 +36,8 @@ class Result:
     leak: float | None = None
     device: str | None = None
     matmul_flops: float | None = None
+    host: str = ""
+    cores: int = 0
     task: str = ""
     budget: float = 0.0
     seed: int = 0

@@ -1,29 +1,68 @@
 """Signals: how a program of ours is ended by its owner, in good order."""
 
+import asyncio
 import atexit
 import math
 import signal
 import time
+from collections.abc import Coroutine
 
 HURRY = 5.0  # seconds that a program may take to end in good order, undisturbed
 
 
-def hear_signals():
-    """Have Ctrl-C, kill and a closed terminal end the program by an exception; exit code 128 + the signal's number.
+def heard():
+    """The numbers of the signals that end a program of ours."""
+    numbers = [signal.SIGINT, signal.SIGTERM]  # in a script's background SIGINT would be ignored
+    # A closed terminal ends nothing where nohup has asked for that.
+    return numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*numbers, signal.SIGHUP]
 
-    Those that follow within HURRY seconds are an owner's impatience, and count for nothing: an exception in the middle
-    of subprocess.Popen.wait() can leave its lock taken, and the program waiting for ever.
+
+def ending(number):
+    """The exception by which a signal ends the program: exit code 128 + its number."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def hear_signals(ended=-math.inf):
+    """Have Ctrl-C, kill and a closed terminal end the program by an exception.
+
+    Those that follow within HURRY seconds, of `ended` too (time.monotonic()), are an owner's impatience, and count for
+    nothing: an exception in the middle of subprocess.Popen.wait() can leave its lock taken, and the program waiting for
+    ever.
     """
-    ended, numbers = -math.inf, [signal.SIGINT, signal.SIGTERM]  # in a script's background SIGINT would be ignored
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
-        numbers.append(signal.SIGHUP)
 
     def end(number, _):
         nonlocal ended
         before, ended = ended, time.monotonic()
         if ended - before > HURRY:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+            raise ending(number)
 
-    for number in numbers:
+    for number in heard():
         signal.signal(number, end)
         atexit.register(signal.signal, number, signal.SIG_IGN)  # from then on the exit code is fixed
+
+
+def run(coroutine: Coroutine):
+    """Run a coroutine to its end and return its value. The first signal cancels it, and is raised once it has ended."""
+    came = []
+
+    async def main():
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def cancel(number):
+            if not came:
+                task.cancel()
+            came.append(number)
+
+        for number in numbers:
+            loop.add_signal_handler(number, cancel, number)
+        return await coroutine
+
+    numbers = heard()
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        if not came:
+            raise
+        raise ending(came[0]) from None
+    finally:  # asyncio leaves the handlers of the system behind
+        hear_signals(time.monotonic() if came else -math.inf)

@@ -18,7 +18,7 @@ from exam.examiner import Examiner, finish_exam
 from exam.files import ROOT, remove
 from exam.fingerprints import fingerprints, read_meta, verify
 from exam.machine import machine_flops
-from exam.processes import end_processes, kill_group, message_pair
+from exam.processes import end_processes, kill_group, message_pair, usable_cores
 from exam.result import Result, print_summary
 from exam.sandbox import examiner_rules, room_environment, sandbox_level, sandbox_rules, start_confined
 from exam.syscalls import PR_SET_CHILD_SUBREAPER, prctl
@@ -106,12 +106,17 @@ def take_submission(room, out):
     return kept, {}
 
 
-def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
+def place():
+    """Where and by what a trial is held, as result.json names it."""
+    return {"host": platform.node(), "cores": usable_cores(), "python": platform.python_version()}
+
+
+def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None, shares=1):
     """Run the candidate `train_py` once in the folder `out`, score it, write out/result.json and return the Result.
 
-    beat: val_bpb below which the score matters, so that the exam looks closer (None: always). flops: what the candidate
-    is told by machine_flops(). warm: `out` of an earlier run, with whose compiled code this one starts. Raises Trouble
-    or OSError, with nothing started, where data or disk are not fit, and Pause where the machine is at fault.
+    beat: val_bpb below which the exam looks closer (None: always). flops: what machine_flops() tells the candidate.
+    warm: `out` of an earlier run, with whose compiled code this starts. shares: so many trials divide the memory.
+    Raises Trouble or OSError, with nothing started, where data or disk are not fit, Pause for a fault of the machine.
     """
     folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
     errors, known = memory_errors(), fingerprints(task)
@@ -141,7 +146,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         stack.callback(end_processes)
         child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops)
         stack.callback(os.close, output)
-        watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out)
+        watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out, shares)
         facts = follow(watch, rows.fileno(), keep_compiled)
         if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
             examiner = start_examiner()
@@ -149,10 +154,10 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         facts |= refused | finish_exam(examiner, submission, task, verify(task), beat)
     if facts["outcome"] != "ok" and memory_errors() > errors:
         raise Pause("the GPU's memory made errors in the trial (nvidia-smi -q -d ECC); a reset or a restart may help")
-    facts |= {"task": task.name, "budget": task.time_budget, "seed": seed, "sandbox": level}
-    facts |= {"total_seconds": round(time.monotonic() - begun, 3), "python": platform.python_version()}
     if fingerprints(task) != known:
         raise Trouble("prepare.py, exam/ or the data have changed during the trial; restore them, and hold it again")
+    facts |= {"total_seconds": round(time.monotonic() - begun, 3), **place()}
+    facts |= {"task": task.name, "budget": task.time_budget, "seed": seed, "sandbox": level}
     result = Result(**facts, sha256={"train.py": hashlib.sha256(source).hexdigest(), **known})
     result.write(out / "result.json")
     return result

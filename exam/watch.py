@@ -7,12 +7,13 @@ import os
 import re
 import selectors
 import socket
+import stat
 import time
 from pathlib import Path
 
 from exam import limits, processes
 from exam.sandbox import CANDIDATE_GOES
-from prepare import one_line
+from prepare import Pause, one_line
 
 
 class Log:
@@ -61,6 +62,30 @@ def last_words(log):
     return last[:300]
 
 
+def files_in(folder):
+    """{(device, inode): bytes that it takes} of all files in a folder."""
+    found = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.lstat(os.path.join(root, name))
+                found[status.st_dev, status.st_ino] = 512 * status.st_blocks
+    return found
+
+
+def unlinked(alive):
+    """The same of files that psutil Processes hold open and no folder has: deleted ones, and those in memory."""
+    found = {}
+    for process in alive:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(f"/proc/{process.pid}/fd"):
+                with contextlib.suppress(OSError):
+                    status = entry.stat()
+                    if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+                        found[status.st_dev, status.st_ino] = 512 * status.st_blocks
+    return found
+
+
 class Watch:
     """A candidate from its start to its end, as the proctor sees it: every limit is enforced here.
 
@@ -70,11 +95,12 @@ class Watch:
 
     last_to_go = CANDIDATE_GOES  # oom_score_adj below which a process wants others to be ended before it
 
-    def __init__(self, child, examiner, channel, output, task, out):
+    def __init__(self, child, examiner, channel, output, task, out, shares=1):
+        """shares: how many trials divide the memory of the machine."""
         import psutil
 
         self.child, self.examiner, self.channel, self.output = child, examiner, channel, output
-        self.task, self.out, self.log = task, out, Log(out / "log.txt")
+        self.task, self.out, self.log, self.shares = task, out, Log(out / "log.txt"), shares
         self.started, self.begun, self.ended = time.monotonic(), None, None
         self.deadline, self.next_look = self.started + task.startup_limit, self.started
         self.outcome = self.reason = None
@@ -178,12 +204,9 @@ class Watch:
         # Orphans end as children of this process; they are reaped here, and count no longer.
         found = processes.descendants(self.examiner)
         alive = [process for process in found if process.pid == self.child.pid or not processes.has_ended(process)]
-        threads, disk = 0, os.statvfs(self.out)
+        memory = threads = 0
         if len(alive) > limits.PROCESS_LIMIT:
             return f"it ran more than {limits.PROCESS_LIMIT} processes"
-        machine = psutil.virtual_memory()
-        # Files in memory are in no process's account.
-        memory = max(0, getattr(machine, "shared", 0) - self.shared_at_start)
         for process in alive:
             with contextlib.suppress(psutil.Error, OSError, ValueError):
                 memory += process.memory_info().rss
@@ -191,13 +214,29 @@ class Watch:
                 goes = int(Path(f"/proc/{process.pid}/oom_score_adj").read_text())
                 if os.getpgid(process.pid) == self.child.pid and goes < self.last_to_go:
                     return "it wanted others to be ended before it where memory runs out"
-        self.peak = max(self.peak, memory)
         if threads > limits.THREAD_LIMIT:
             return f"it ran more than {limits.THREAD_LIMIT} threads"
-        if memory > limits.MEMORY_SHARE * machine.total:
+        machine = psutil.virtual_memory()
+        # Files in memory are in no process's account: all that the machine has count for a trial that has it alone.
+        shared = max(0, getattr(machine, "shared", 0) - self.shared_at_start)
+        memory += shared if self.shares == 1 else min(shared, sum(unlinked(alive).values()))
+        self.peak = max(self.peak, memory)
+        if memory > limits.MEMORY_SHARE * machine.total / self.shares:
             return f"it took {memory / 2**30:.0f} GB of memory"
-        if disk.f_bavail * disk.f_frsize < self.disk_floor or disk.f_favail < self.inode_floor:
+        return self.overfull(alive)
+
+    def overfull(self, alive):
+        """Whether it has filled the disk, in words, or None. Raises Pause for a disk that others have filled."""
+        disk = os.statvfs(self.out)
+        free = disk.f_bavail * disk.f_frsize
+        if free >= self.disk_floor and disk.f_favail >= self.inode_floor:
+            return None
+        # Counted only now, for it takes time: others may write to the same disk.
+        files = files_in(self.out / "room") | unlinked(alive)
+        if sum(files.values()) > limits.DISK_LIMIT / 2 or len(files) > limits.INODE_LIMIT / 2:
             return "it filled the disk"
+        if free < limits.DISK_RESERVE or disk.f_files and disk.f_favail < limits.INODE_LIMIT / 100:
+            raise Pause(f"the disk that holds {self.out} has filled up, and not by this trial; make room")
         return None
 
     def facts(self):

@@ -11,6 +11,8 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   api         one request to a model and its whole answer: failures, money
   model       a language model as a researcher
   tag         one tag: branch, candidates, evidence, best, record, settle
+  drafts      drafts on their way to a trial
+  slots       the places that hold one trial each
   launch      hold one trial: request -> Result
   measure     the runs of one candidate, and whose fault a failure is
   findings    what a tag has found, in numbers

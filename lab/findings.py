@@ -15,6 +15,7 @@ from lab.api import TOKENS
 from lab.book import Experiment, best_of, changes
 from lab.tag import Tag
 from lab.verdict import comparable, noise, probability_better
+from prepare import one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,25 +102,92 @@ def find(tag: Tag) -> Findings:
 # What takes a look at every run
 
 
-def time_spent(tag: Tag) -> dict[str, float]:
-    """Where the tag's time went, {phase: seconds}, from the result.json of all its runs; {} without any.
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A trial that was held: where, from when to when (time.time()), and with which result."""
 
-    A trial ends when its result is written. Between two trials the loop waits for a draft, or does not run at all.
-    """
-    spent, spans = collections.Counter(), []
+    slot: str
+    start: float
+    end: float
+    result: Result
+
+
+def trials(tag: Tag) -> list[Held]:
+    """The trials of a tag that have a counted result, in the order of their ends."""
+    held = []
     for path in tag.folder.glob("*/*/result.json"):
-        result, end = Result.read(path), 0.0
+        result = Result.read(path)
         with contextlib.suppress(OSError):  # a trial that begins removes what an earlier one has left
-            end = path.stat().st_mtime
-        if result and result.counted and end:
-            parts = [result.training_seconds, result.startup_seconds, result.eval_seconds]
-            spent.update(dict(zip(("training", "start-up", "exam"), parts)))
-            spent["rest of the trial"] += max(0.0, result.total_seconds - sum(parts))
-            spans.append((end - result.total_seconds, end))
-    spans.sort()
-    if spans:
-        spent["between trials"] = sum(max(0.0, then[0] - end[1]) for end, then in itertools.pairwise(spans))
+            end = path.stat().st_mtime  # it ends when its result is written
+            if result and result.counted:
+                held.append(Held(slot_name(path.parent), end - result.total_seconds, end, result))
+    return sorted(held, key=lambda each: each.end)
+
+
+def slot_name(out: Path) -> str:
+    """The slot in which the trial of a folder was held, as the loop has noted it; "" where it has not."""
+    with contextlib.suppress(OSError):
+        return one_line((out / "slot").read_text(errors="replace"), 40)
+    return ""
+
+
+def gaps(held: list[Held]) -> float:
+    """Seconds between the trials of each slot, from its first to its last: for a draft, or with no loop at all."""
+    return sum(
+        max(0.0, then.start - before.end)
+        for each in by_slot(held).values()
+        for before, then in itertools.pairwise(each)
+    )
+
+
+def by_slot(held: list[Held]) -> dict[str, list[Held]]:
+    """The trials of each slot, in order."""
+    found = collections.defaultdict(list)
+    for each in held:
+        found[each.slot].append(each)
+    return dict(sorted(found.items()))
+
+
+def time_spent(held: list[Held]) -> dict[str, float]:
+    """Where the time of the slots went, {phase: seconds}; {} without trials."""
+    spent = collections.Counter()
+    for result in (each.result for each in held):
+        parts = [result.training_seconds, result.startup_seconds, result.eval_seconds]
+        spent.update(dict(zip(("training", "start-up", "exam"), parts)))
+        spent["rest of the trial"] += max(0.0, result.total_seconds - sum(parts))
+    if held:
+        spent["between trials"] = gaps(held)
     return {phase: round(seconds, 1) for phase, seconds in spent.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """What a slot, or a kind of device, has done."""
+
+    name: str
+    trials: int
+    hours: float  # between the start of the first trial and the end of the last, of all slots together
+    idle: float  # share of them without a trial
+
+
+def pace(held: list[Held]) -> list[Pace]:
+    """Of each slot, in order."""
+    return [_pace(name, {name: each}) for name, each in by_slot(held).items()]
+
+
+def pace_of_devices(held: list[Held]) -> list[Pace]:
+    """Of each kind of device, in order; trials that do not tell theirs are left out."""
+    kinds = collections.defaultdict(list)
+    for each in held:
+        if each.result.device:
+            kinds[each.result.device].append(each)
+    return [_pace(name, by_slot(kinds[name])) for name in sorted(kinds)]
+
+
+def _pace(name, slots):
+    hours = sum(each[-1].end - each[0].start for each in slots.values()) / 3600
+    idle = sum(map(gaps, slots.values())) / 3600 / hours if hours > 0 else 0.0
+    return Pace(name, sum(map(len, slots.values())), hours, idle)
 
 
 def cost(tag: Tag) -> dict[str, float]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from exam.files import ROOT
 from lab.book import title
-from lab.findings import Findings, cost, find, loss_at, read_curve, time_spent
+from lab.findings import Findings, cost, find, loss_at, pace, pace_of_devices, read_curve, time_spent, trials
 from lab.tag import Tag
 from prepare import Trouble, one_line
 
@@ -42,7 +42,10 @@ def to_json(tag: Tag, found: Findings) -> str:
     told = dataclasses.asdict(found) | {"experiments": found.experiments}
     told |= {status: found.count(status) for status in ("keep", "discard", "crash")}
     told["failures"] = [{"commit": e.commit, "description": e.description, "reason": why} for e, why in failures(tag)]
-    told |= {"cost": cost(tag), "seconds": time_spent(tag)}
+    held = trials(tag)
+    told |= {"cost": cost(tag), "seconds": time_spent(held)}
+    told |= {"slots": [dataclasses.asdict(each) for each in pace(held)]}
+    told |= {"devices": [dataclasses.asdict(each) for each in pace_of_devices(held)]}
     return json.dumps(json.loads(json.dumps(told), parse_constant=lambda name: None), indent=1)
 
 
@@ -92,8 +95,10 @@ def tell(tag: Tag, console: Console):
         reason = re.sub(r"exit code \d+, without submit\(\): ", "", reason)
         rows.append((e.commit, f"{e.description[:32]}: {reason}"))
     table(("crashed", f"{len(crashed)} in all, the last ones with their reasons"), *rows)
+    held = trials(tag)
+    table(*paces(held, found.experiments))
     line()
-    for text in expenses(tag):
+    for text in expenses(tag, held):
         line(text)
     if found.task:
         line(f"the best train.py: git show {found.best.commit}:./train.py; its change: report --diff")
@@ -110,9 +115,23 @@ def certainty(found):
         yield f"P(better) is not known: {change if found.sigma else 'nothing was run twice'}"
 
 
-def expenses(tag):
+def paces(held, experiments):
+    """Rows on what each slot and each kind of device has done, where there are several; [] where not."""
+    slots, devices = pace(held), pace_of_devices(held)
+    if len(slots) < 2 and len(devices) < 2:
+        return []
+    passed = (held[-1].end - min(each.start for each in held)) / 3600
+    rate = experiments / passed if passed > 0 else 0.0
+    rows = [("trials", "an hour", "idle", f"where ({rate:.1f} experiments an hour in all)")]
+    for each in [*slots, *devices] if len(devices) > 1 else slots:
+        hourly = each.trials / each.hours if each.hours > 0 else 0.0
+        rows.append((f"{each.trials}", f"{hourly:.1f}", f"{each.idle:.0%}", each.name or "unknown"))
+    return rows
+
+
+def expenses(tag, held):
     """Lines on where the time and the money went."""
-    seconds, paid = time_spent(tag), cost(tag)
+    seconds, paid = time_spent(held), cost(tag)
     if whole := sum(seconds.values()):
         parts = ", ".join(f"{phase} {share / whole:.0%}" for phase, share in seconds.items())
         yield f"time: {whole / 3600:.1f} h: {parts}"

@@ -236,8 +236,8 @@ class Tag:
         self.digests |= {commit: known for commit, known in fresh.items() if commit in finished}
         return frozenset([*self.digests.values(), *fresh.values()])
 
-    def brief(self, running="") -> Brief:
-        """What a researcher is told at this moment; running: hash and description of the experiment under way."""
+    def brief(self, running: tuple[str, ...] = ()) -> Brief:
+        """What a researcher is told at this moment; running: hash and description of each experiment under way."""
         kept = [e for e in self.experiments if e.status == "keep"][-20:]
         commit = kept[-1].commit if kept else self.settings["start"]
         sigma, names = noise(self.experiments)[0], ("device", "steps", "tokens", "params", "training_seconds")
@@ -260,11 +260,14 @@ class Tag:
 
     # -- one experiment
 
-    def candidate(self) -> tuple[str, Draft] | None:
-        """(short hash, draft) of what awaits its trial: unfinished, or the owner's own commit; None for nothing."""
+    def candidate(self, taken=()) -> tuple[str, Draft] | None:
+        """(short hash, draft) of what awaits its trial: unfinished, or the owner's own commit; None for nothing.
+
+        taken: short hashes of those whose trial is under way.
+        """
         if not self.experiments:
             return self.settings["start"], Draft("", "baseline")
-        done = {experiment.commit for experiment in self.experiments}
+        done = {*taken, *(experiment.commit for experiment in self.experiments)}
         for commit in self.repository.candidates(self.name):
             if commit not in done:
                 return commit, self._draft(commit)
@@ -280,27 +283,39 @@ class Tag:
         return draft if draft.origin else Draft("", title(f"by hand: {draft.description}"))
 
     def add(self, draft: Draft) -> str:
-        """Commit a draft as a candidate; returns its short hash."""
-        head = self.repository.run("rev-parse", self.branch)
+        """Commit a draft, a change of the best train.py, as a candidate; returns its short hash."""
+        parent = self.repository.run("rev-parse", self.branch)
+        if self.repository.source(parent) != self.source(self.best.commit):  # the owner has committed meanwhile
+            parent = self.repository.candidates(self.name)[self.best.commit]
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = self.repository.commit(head, draft.source.encode(), draft.message, self.folder / "candidate.py")
+        made = self.repository.commit(parent, draft.source.encode(), draft.message, self.folder / "candidate.py")
         return self.repository.remember(self.name, made)
 
-    def record(self, experiment: Experiment):
-        """Write the row, on disk before anything else happens, and move the branch if the experiment is kept."""
+    def base(self, commit) -> Experiment | None:
+        """The experiment whose train.py a candidate changes; None where that was none of this tag's."""
+        parent = None
+        with contextlib.suppress(Trouble):  # an owner's first commit has no parent
+            parent = self.repository.source(f"refs/autoresearch/{self.name}/{commit}^")
+        return next((e for e in reversed(self.experiments) if self.source(e.commit) == parent), None)
+
+    def record(self, experiment: Experiment, running: frozenset[Path] = frozenset()):
+        """Write the row, on disk before anything else happens, and move the branch if the experiment is kept.
+
+        running: path() of the trials under way, whose folders stay as they are.
+        """
         add_row(self.book, self.experiments, experiment)
         self.experiments.append(experiment)
         self.settle()
         of_use = {"model.safetensors": self.best.commit, "compiled": self.settings["start"]}  # of their first runs
-        for left in self.folder.glob("*/*/*"):
+        for left in [left for left in self.folder.glob("*/*/*") if left.parent not in running]:
             lost = left.name in of_use and left.parent != self.path(of_use[left.name], 0)
             if lost or left.name == "room":  # a room is of a trial that broke off
                 remove(left)
 
-    def ran_again(self, result: Result):
-        """Count one more finished run of the best."""
-        place = self.experiments.index(self.best)
-        self.experiments[place] = self.best.after(result)
+    def ran_again(self, commit, result: Result):
+        """Count one more finished run of an experiment."""
+        place = next(place for place, e in enumerate(self.experiments) if e.commit == commit)
+        self.experiments[place] = self.experiments[place].after(result)
 
     def settle(self):
         """Bring the branch and the working tree to the best train.py; other files and staged changes stay as they are.

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import time
 
 from rich.console import Console
@@ -9,8 +10,8 @@ from rich.text import Text
 
 from lab.book import changes
 from lab.findings import Findings, find, finished_curve, loss_at, read_curve
-from lab.measure import Running
 from lab.report import aligned
+from lab.slots import Running
 
 COLOURS = {"keep": "green", "discard": "", "crash": "red"}  # of the three statuses
 
@@ -27,18 +28,20 @@ class View:
     def __init__(self, loop, console: Console):
         """loop: the one of agent_loop.py, whose tag, researcher, measure and limits are looked at."""
         self.tag, self.researcher, self.measure, self.loop = loop.tag, loop.researcher, loop.measure, loop
-        self.console, self.before = console, len(loop.tag.experiments)
+        self.console, self.before, self.started = console, len(loop.tag.experiments), time.monotonic()
 
     def lines(self) -> list[Text]:
-        found, running = find(self.tag), self.measure.running
+        found, running = find(self.tag), list(self.measure.running.values())
         told = [("tag", found.headline)]
         if best := found.best:
             sigma = f"; sigma {found.sigma:.6f}" if found.sigma else ""
             place = "the baseline" if best is found.baseline else f"{found.gain_percent:.2f}% below baseline"
             told.append(("best", f"{best.val_bpb:.6f} {best.commit}, {place}{sigma}"))
         told.append(("pace", ", ".join(self.pace(found))))
-        if running:
-            told += self.now(found, running)
+        if len(running) == 1:
+            told += self.now(found, *running)
+        else:
+            told += self.all_now(found, running)
         told.append(("next", self.researcher.state() or ("" if running else "looking for an idea")))
         texts = [Text.assemble((f"{label:<6}", "dim"), words) for label, words in told if words]
         texts = [Text(), *texts, Text()]
@@ -49,36 +52,59 @@ class View:
 
     def pace(self, found: Findings):
         """How fast it goes, what it has cost, and when it will end."""
-        passed, held, ends = time.monotonic() - self.loop.started, len(found.rows) - self.before, []
+        passed, held, ends = time.monotonic() - self.started, len(found.rows) - self.before, []
         if held:
             yield f"{3600 * held / passed:.1f} experiments an hour"
         if self.researcher.spent is not None:
             cap = "" if self.researcher.max_cost is None else f" of ${self.researcher.max_cost:.2f}"
             yield f"${self.researcher.spent:.2f}{cap} spent"
-        if self.loop.hours is not None:
-            ends.append(3600 * self.loop.hours - passed)
+        if self.loop.ends < math.inf:
+            ends.append(self.loop.ends - time.monotonic())
         if self.loop.most is not None and held:
             ends.append((self.loop.most - found.experiments) * passed / held)
         if ends:
             yield f"ends about {time.strftime('%a %H:%M', time.localtime(time.time() + min(ends)))}"
 
     def now(self, found: Findings, running: Running):
-        """The trial under way: what it is, how far it has come, and how it does beside the best one's."""
-        curve, budget, loss = read_curve(running.curve, 2**16), self.tag.task.time_budget, "starting"
-        logged = seconds = curve[-1][0] if curve else 0.0
-        if curve:
-            with contextlib.suppress(OSError):  # the clock goes on between two steps, and while the model is scored
-                seconds = min(budget, logged + time.time() - running.curve.stat().st_mtime)
-            loss = f"loss {loss_at(curve, logged, 0.05 * budget):.3f}"
-            if found.best and found.best.commit != running.commit:
-                usual = finished_curve(self.tag.path(found.best.commit, 0) / "metrics.jsonl")
-                usual = loss_at(usual, logged, 0.05 * budget)
-                loss += f", the best one's at this time {usual:.3f}" if usual else ""
-        full = round(30 * min(1.0, max(0.0, seconds / budget)))
-        scored = ", being scored" if seconds >= budget else ""
+        """The only trial under way: what it is, how far it has come, and how it does beside the best one's."""
+        seconds, loss, usual = self.progress(found, running)
+        scored = ", being scored" if seconds >= self.tag.task.time_budget else ""
+        loss = "starting" if loss is None else f"loss {loss:.3f}"
+        loss += f", the best one's at this time {usual:.3f}" if usual else ""
         yield "now", f"{running.commit} {running.description}"
-        yield "", f"{'━' * full}{'┄' * (30 - full)} {seconds:.0f} of {budget:g} s{scored}"
+        yield "", f"{self.bar(seconds, 30)} {seconds:.0f} of {self.tag.task.time_budget:g} s{scored}"
         yield "", f"run {running.run + 1}: {loss}"
+
+    def all_now(self, found: Findings, running: list[Running]):
+        """Several trials under way, a line each for as many as half of the terminal can hold, in the order of slots."""
+        running, room = sorted(running, key=lambda each: each.slot.number), max(1, self.console.height // 2)
+        for each in running[:room]:
+            seconds, loss, usual = self.progress(found, each)
+            words = "starting" if loss is None else f"loss {loss:.3f}"
+            words += f" ({loss - usual:+.3f})" if usual else ""
+            place = f"{each.slot.name} {self.bar(seconds, 8)} {seconds:.0f} s"
+            yield "now" * (each is running[0]), f"{place}, {words}: {each.commit} {each.description}"
+        if len(running) > room:
+            yield "", f"and {len(running) - room} more"
+
+    def progress(self, found: Findings, running: Running):
+        """(seconds of training, loss, that of the best one at this time) of a trial; None for what is not known yet."""
+        path, budget = running.out / "metrics.jsonl", self.tag.task.time_budget
+        curve = read_curve(path, 2**16)
+        if not curve:
+            return 0.0, None, None
+        seconds, logged, usual = curve[-1][0], curve[-1][0], None
+        with contextlib.suppress(OSError):  # the clock goes on between two steps, and while the model is scored
+            seconds = min(budget, logged + max(0.0, time.time() - path.stat().st_mtime))
+        if found.best and found.best.commit != running.commit:
+            usual = finished_curve(self.tag.path(found.best.commit, 0) / "metrics.jsonl")
+            usual = loss_at(usual, logged, 0.05 * budget)
+        return seconds, loss_at(curve, logged, 0.05 * budget), usual
+
+    def bar(self, seconds, width):
+        """How much of the budget has passed, as a bar."""
+        full = round(width * min(1.0, max(0.0, seconds / self.tag.task.time_budget)))
+        return "━" * full + "┄" * (width - full)
 
     def latest(self, room: int) -> list[Text]:
         """The last `room` rows of the book."""

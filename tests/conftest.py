@@ -146,9 +146,12 @@ def gpu_python(tmp_path_factory):
 
 PLAYED_CHECK = """
 
-def check(task):  # the real one takes seconds
-    print("ok  disk:  enough\\nNO  speed:  slow today")
-    return 2
+def check_storage(task):  # the real ones take seconds
+    yield "disk", "enough", ""
+
+
+def check_machine(task):
+    yield "speed", "slow today", "wait"
 """
 
 
@@ -208,7 +211,7 @@ END = {
 }
 
 
-def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None):
+def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None, shares=1):
     speeds, speed, end = ROOT / "speeds", None, ""
     if speeds.exists():
         now, *later = speeds.read_text().split()

@@ -51,13 +51,18 @@ def check_the_owner(folder):
     assert "A  staged.txt" in git_in(folder)("status", "--porcelain").splitlines()
 
 
+def candidates_in(folder):
+    """The short hashes of all candidates."""
+    return set(git_in(folder)("for-each-ref", "--format=%(refname:lstrip=3)", "refs/autoresearch/t/").split())
+
+
 def check_the_end(folder):
     """All that a finished loop promises about its branch, its book and its evidence."""
     git, rows = git_in(folder), book(folder)
     commits = [row[0] for row in rows]
     assert len(set(commits)) == len(commits)
-    candidates = git("for-each-ref", "--format=%(refname:lstrip=3)", "refs/autoresearch/t/").split()
-    assert set(candidates) == set(commits)
+    for waiting in candidates_in(folder) - set(commits):  # carried over at the very end
+        assert git("log", "-1", "--format=%s", waiting).startswith("again on ")
     kept = [row for row in rows if row[3] == "keep"]
     assert git("show", "autoresearch/t:train.py") == git("show", f"{kept[-1][0]}:train.py")
     assert git("show", "autoresearch/t:train.py") == (folder / "train.py").read_text()
@@ -76,14 +81,14 @@ def finished(folder):
     return {f"{path.parts[-3]} {path.parts[-2]}" for path in folder.glob("runs/t/*/*/result.json")}
 
 
-def kill_again_and_again(folder, chance):
+def kill_again_and_again(folder, chance, *options):
     """Kill the loop of `folder` KILLS times, at each of its first side effects and at random ones later."""
     be_the_owner(make_stage(folder))
     log, rows = folder / "runs" / "trials", []
     for kill in range(KILLS):
         effect = 2 * kill + chance.choice((1, 2)) if kill < 30 else chance.randrange(20, 90)
         done, held = finished(folder), log.read_text().splitlines() if log.exists() else []
-        command = [sys.executable, Path(__file__).with_name("struck.py"), "kill", str(effect), *LOOP]
+        command = [sys.executable, Path(__file__).with_name("struck.py"), "kill", str(effect), *LOOP, *options]
         ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
         assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
         before, rows = rows, book_or_nothing(folder)
@@ -91,7 +96,8 @@ def kill_again_and_again(folder, chance):
         now = log.read_text().splitlines() if log.exists() else []
         assert done.isdisjoint(now[len(held) :]), "a trial was held twice"
         check_the_owner(folder)
-    command = [sys.executable, "agent_loop.py", *LOOP, "--max-experiments", str(len(rows) + 1)]
+    most = max(len(rows) + 1, len(candidates_in(folder)))
+    command = [sys.executable, "agent_loop.py", *LOOP, *options, "--max-experiments", str(most)]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     check_the_end(folder)
@@ -455,7 +461,7 @@ def test_a_tag_keeps_the_machine_rate_that_it_was_started_with(stage, cache, tmp
     path.write_text(json.dumps({name: {**entry, "matmul_flops": 1e15} for name, entry in known.items()}))
     assert subprocess.run([*command, "1"], cwd=stage, env=environment).returncode == 0
     told = {float(path.read_text().split()[0]) for path in stage.glob("runs/t/*/0/told")}
-    assert told == {entry["matmul_flops"] for entry in known.values()}
+    assert len(told) == 1 and told <= {entry["matmul_flops"] for entry in known.values()}
 
 
 def test_while_a_trial_runs_the_loop_itself_has_no_torch_in_its_memory(stage, cache, tmp_path):

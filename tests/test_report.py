@@ -110,7 +110,10 @@ def test_a_log_has_timestamped_lines_and_no_escape_codes(night):
     assert ended.returncode == 0 and "\x1b" not in ended.stdout + ended.stderr
     assert re.search(r"^\d\d:\d\d:\d\d the end: tag t holds its 2 experiments$", ended.stdout, re.MULTILINE)
     assert ended.stdout.count("--notify-url does not work") == 1
-    assert re.search(r"^\d\d:\d\d:\d\d speed: slow today$", ended.stdout, re.MULTILINE) and "disk" not in ended.stdout
+    assert (
+        re.search(r"^\d\d:\d\d:\d\d speed: slow today; wait$", ended.stdout, re.MULTILINE)
+        and "disk" not in ended.stdout
+    )
 
 
 def test_the_news_are_a_new_best_and_the_end_without_paths_or_keys(night):

@@ -1,0 +1,94 @@
+"""Drafts on their way to a trial: asked for ahead, made candidates, and carried over where the best has changed."""
+
+import asyncio
+import dataclasses
+import re
+from collections.abc import Callable
+
+from lab.answer import carried_over, objection
+from lab.book import Experiment, title
+from lab.researcher import Draft, Researcher, Say
+from lab.tag import Tag
+
+POLL = 0.05  # seconds between two looks at whether a draft is still wanted
+AHEAD = 2  # drafts for each slot, that of the running trial among them; chosen by tests/nights_parallel.py
+
+
+class Drafts:
+    """The drafts of one tag since the start of the loop, and the candidates that have become of them."""
+
+    def __init__(self, tag: Tag, researcher: Researcher, say: Say):
+        self.tag, self.researcher, self.say = tag, researcher, say
+        self.taken: dict[str, str] = {}  # {commit: description} of the candidates that a slot is at
+        self.asking = 0  # slots that wait for a draft
+        self.drafts: dict[str, Draft] = {}  # {commit: draft} of candidates without a row: their researcher has memories
+        self.uncommitted: list[Draft] = []  # they have cost money, and a full disk must not lose them
+
+    @property
+    def begun(self) -> int:
+        """How many experiments are under way, or will be as soon as there is a draft."""
+        return len(self.taken) + self.asking
+
+    def waiting(self) -> set[str]:
+        """The candidates of this start without a row that no slot is at."""
+        return self.drafts.keys() - self.taken.keys() - {experiment.commit for experiment in self.tag.experiments}
+
+    def brief(self):
+        """What a researcher is told at this moment."""
+        return self.tag.brief(tuple(f"{commit} {description}" for commit, description in self.taken.items()))
+
+    def think_ahead(self, slots: int, left: float):
+        """Have the next drafts written while trials run in so many slots, `left` at most."""
+        count = min(AHEAD * slots - 1, left)
+        if count > 0:
+            self.researcher.think_ahead(self.brief(), count)
+
+    async def next(self, over: Callable[[], bool]) -> tuple[str, Draft] | None:
+        """(short hash, draft) of what is to be tried next, committed; None where over() says so, or for the moment."""
+        if found := self.tag.candidate(self.taken):
+            commit, draft = found
+            return commit, self.drafts.get(commit, draft)
+        if not self.uncommitted:
+            drafting = asyncio.ensure_future(self.researcher.draft(self.brief()))
+            self.asking += 1
+            try:
+                while not (drafting.done() or over() or self.waiting()):
+                    await asyncio.wait([drafting], timeout=POLL)
+                if not drafting.done():
+                    return None
+                self.uncommitted.append(drafting.result())
+            finally:
+                self.asking -= 1
+                drafting.cancel()
+        found = self.commit(self.uncommitted[0])
+        self.uncommitted.pop(0)
+        return None if over() else found
+
+    def commit(self, draft: Draft) -> tuple[str, Draft] | None:
+        """(short hash, draft) of a candidate made of a draft, as a change of the best train.py.
+
+        None, which the owner is told, where the best is another one than it was made from, and it does not fit that.
+        """
+        best = self.tag.text(self.tag.best.commit)
+        if draft.base and draft.base != best:
+            source = carried_over(draft, best)
+            problem = "it conflicts with the best" if source is None else objection(source, best, self.tag.tried())
+            if problem:
+                return self.say(f"not tried: {draft.description} ({problem.splitlines()[0]})", "yellow")
+            draft = dataclasses.replace(draft, source=source, base=best)
+        commit = self.tag.add(draft)
+        self.drafts[commit] = draft
+        return commit, draft
+
+    def carry_over(self, experiment: Experiment, draft: Draft, before: Experiment, base: Experiment):
+        """Make what the best lacks of two changes that are better than one base the next candidate.
+
+        experiment: just recorded, and better than its base, which is not `before`, the best until then. If it has taken
+        the place of that, what is lacking is that one's change.
+        """
+        tag = self.tag
+        loser, edits = (before, ()) if experiment.status == "keep" else (experiment, draft.edits)
+        idea = re.sub(r"^(again on \w+: )+", "", loser.description)
+        origin = {"Researcher": "carried over", "From": loser.commit}
+        again = Draft(tag.text(loser.commit), title(f"again on {tag.best.commit}: {idea}"), origin=origin)
+        self.commit(dataclasses.replace(again, base=tag.text(base.commit), edits=edits))
