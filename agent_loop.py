@@ -38,10 +38,12 @@ try:
     from lab.measure import Measure
     from lab.model import FALLBACK, MODEL, Model
     from lab.news import News
+    from lab.replay import Replay
     from lab.repository import Repository
     from lab.researcher import Draft, Enough, Researcher, Search
     from lab.slots import Slot, choose_slots, idle_cards
     from lab.tag import THROW_AWAY, Tag, book_owner
+    from lab.transfer import kept_changes, replayed
     from lab.view import COLOURS, View, live, say
     from prepare import PASSING, Pause, Trouble, words
 except ModuleNotFoundError as missing:  # a fresh clone
@@ -181,10 +183,30 @@ def only_loop(path):
 def choose_tag(arguments, repository):
     """The tag asked for, else (to report) that of results.tsv, that of the checked-out branch, or today's date."""
     tag = arguments.tag or ("demo" if arguments.demo else None) or (book_owner() if arguments.command else None)
-    tag = tag or repository.branch().partition("autoresearch/")[2] or time.strftime("%b%d").lower()
+    return sound_tag(tag or repository.branch().partition("autoresearch/")[2] or time.strftime("%b%d").lower())
+
+
+def sound_tag(tag):
+    """A tag, whose name can be that of a branch and a folder. Raises Trouble for another one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag) or ".." in tag or tag.endswith((".", ".lock")):
         raise Trouble(f"{tag!r} cannot be a tag; use letters, digits, dots, dashes")
     return tag
+
+
+def choose_researcher(tag: Tag, arguments) -> Researcher:
+    """The one asked for; after a replay only one that was named."""
+    named = arguments.researcher or ("search" if arguments.demo else None if arguments.replay else "llm")
+    researcher = None
+    if named:
+        researcher = Search() if named == "search" else Model(arguments, tag.folder / "cost.jsonl", tag.say)
+    if not arguments.replay:
+        return researcher
+    if (name := sound_tag(arguments.replay)) == tag.name:
+        raise Trouble(f"tag {name} cannot replay itself; give the new run another --tag")
+    changes, done = kept_changes(Tag(tag.repository, name, tag.say)), replayed(tag)
+    if not tag.settings and tag.repository.source("HEAD") == changes[-1].source.encode():
+        raise Trouble(f"this train.py has what {name} has kept; start from another: git switch main, as a rule")
+    return Replay([change for change in changes if change.origin["From"] not in done], researcher)
 
 
 def parse_arguments():
@@ -206,6 +228,7 @@ def parse_arguments():
     add("--task", metavar="NAME", help=f"{', '.join(prepare.TASKS)} (default: {prepare.TASK.name})")
     add("--budget", type=float, metavar="SECONDS", help="of training in a run, not the task's own")
     add("--researcher", metavar="R", choices=("llm", "search"), help="llm (a language model, default) or search")
+    add("--replay", metavar="TAG", help="first try here what another tag has kept, in its order")
     add("--model", metavar="M", default=MODEL, help=f"that llm asks (default: {MODEL})")
     add("--fallback-model", metavar="M", help=f"if M fails (default: {FALLBACK})")
     efforts = ("low", "medium", "high", "xhigh", "max")
@@ -222,7 +245,6 @@ def parse_arguments():
     arguments = parser.parse_args()
     if (arguments.json or arguments.diff) and not arguments.command:
         parser.error("--json and --diff go with report")
-    arguments.researcher = arguments.researcher or ("search" if arguments.demo else "llm")
     if arguments.demo:
         arguments.task = arguments.task or "demo"
         arguments.max_experiments = 5 if arguments.max_experiments is None else arguments.max_experiments
@@ -279,9 +301,8 @@ def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
 def night(tag: Tag, news: News, console: Console, arguments):
     """Open the tag and run the loop to its end, which is reported."""
     repository, speak, started = tag.repository, tag.say, time.monotonic()
-    costs = tag.folder / "cost.jsonl"
     slots = choose_slots(arguments.gpus, arguments.parallel, arguments.launch)
-    researcher = Search() if arguments.researcher == "search" else Model(arguments, costs, speak)
+    researcher = choose_researcher(tag, arguments)
     if arguments.launch is not None and not (arguments.task or tag.settings):
         raise Trouble("--launch does not tell what the other machines have; name a task for them with --task")
     task = prepare.get_task(arguments.task or tag.settings.get("task"))

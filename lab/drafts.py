@@ -74,6 +74,7 @@ class Drafts:
             source = carried_over(draft, best)
             problem = "it conflicts with the best" if source is None else objection(source, best, self.tag.tried())
             if problem:
+                self.researcher.conflicted(draft)
                 return self.say(f"not tried: {draft.description} ({problem.splitlines()[0]})", "yellow")
             draft = dataclasses.replace(draft, source=source, base=best)
         commit = self.tag.add(draft)

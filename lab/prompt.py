@@ -145,6 +145,11 @@ def history(brief: Brief) -> str:
     if brief.drafted:
         drafted = quoted("\n".join(brief.drafted), 3 * FLIGHT_ROOM)
         parts.append(f"Drafted already, and to be run next, so not to be repeated either:\n{drafted}")
+    if brief.ideas:
+        ideas = quoted("\n".join(brief.ideas), 3 * FLIGHT_ROOM)
+        parts.append(
+            f"Found elsewhere, in another train.py or on other machines; what helped there may help here:\n{ideas}"
+        )
     streak = len(list(itertools.takewhile(lambda e: e.status != "keep", reversed(brief.experiments))))
     if streak >= STUCK_AFTER:
         parts.append(

@@ -13,6 +13,7 @@ from exam.files import ROOT
 from lab.book import title
 from lab.findings import Findings, cost, find, loss_at, pace, pace_of_devices, read_curve, time_spent, trials
 from lab.tag import Tag
+from lab.transfer import summary, transfers
 from prepare import Trouble, one_line
 
 
@@ -44,6 +45,7 @@ def to_json(tag: Tag, found: Findings) -> str:
     told["failures"] = [{"commit": e.commit, "description": e.description, "reason": why} for e, why in failures(tag)]
     held = trials(tag)
     told |= {"cost": cost(tag), "seconds": time_spent(held)}
+    told["transfers"] = [dataclasses.asdict(each) for each in transfers(tag)]
     told |= {"slots": [dataclasses.asdict(each) for each in pace(held)]}
     told |= {"devices": [dataclasses.asdict(each) for each in pace_of_devices(held)]}
     return json.dumps(json.loads(json.dumps(told), parse_constant=lambda name: None), indent=1)
@@ -95,6 +97,10 @@ def tell(tag: Tag, console: Console):
         reason = re.sub(r"exit code \d+, without submit\(\): ", "", reason)
         rows.append((e.commit, f"{e.description[:32]}: {reason}"))
     table(("crashed", f"{len(crashed)} in all, the last ones with their reasons"), *rows)
+    if ideas := transfers(tag):
+        table(*transfer_rows(ideas))
+        for text in summary(tag, ideas):
+            line(text)
     held = trials(tag)
     table(*paces(held, found.experiments))
     line()
@@ -113,6 +119,18 @@ def certainty(found):
     elif found.kept:
         change = "the machine's speed has changed since the baseline"
         yield f"P(better) is not known: {change if found.sigma else 'nothing was run twice'}"
+
+
+def transfer_rows(ideas):
+    """Rows on how what was found elsewhere has held here: gains in bits per byte and in standard errors."""
+
+    def gain(bits, sigmas):
+        return "-" if bits is None else f"{bits:+.6f}" + (" (?)" if sigmas is None else f" ({sigmas:+.1f})")
+
+    yield "commit", "gain there", "gain here", "", "from elsewhere"
+    for i in ideas:
+        there, here = gain(i.gain_there, i.sigmas_there), gain(i.gain_here, i.sigmas_here)
+        yield i.commit, there, here, i.word, i.description
 
 
 def paces(held, experiments):

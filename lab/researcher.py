@@ -50,6 +50,7 @@ class Brief:
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: train.py} of the last kept ones
     hypotheses: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: why it should help}
     failures: tuple[Failure, ...] = ()  # the last ones
+    ideas: tuple[str, ...] = ()  # found elsewhere, and not to be had as edits of the best train.py; a line each
 
 
 def digest(source: bytes) -> str:
@@ -111,6 +112,9 @@ class Researcher:
 
     def failed(self, draft: Draft, failure: Failure):
         """The experiment of `draft` has crashed, or its exam was refused."""
+
+    def conflicted(self, draft: Draft):
+        """The draft could not be carried over to the best train.py, and was not tried."""
 
 
 Say = Callable[..., None]  # say(text, style=""): one line to the owner

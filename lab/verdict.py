@@ -207,3 +207,56 @@ def beats_base(candidate: Experiment, base: Experiment, others, greedy=False) ->
         scores, rivals = all_scores(candidate), all_scores(base)
     known = GREEDY if greedy else noise([*others, candidate])
     return bool(rivals) and probability_better(scores, rivals, known) >= KEEP_AT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ideas from elsewhere: their scores stay where they were measured, but their gains can be compared
+
+
+def advantage(candidate: Experiment, base: Experiment, others) -> tuple[float, float | None] | None:
+    """(gain over the base in bits per byte, the same in standard errors), from the runs of both that compare.
+
+    The second is None where the noise is not known; None for all, where no runs compare. others: as for judge().
+    """
+    scores, rivals = comparable(candidate, base)
+    if candidate.status == "crash" or not scores or not rivals:
+        return None
+    gain, sigma = statistics.fmean(rivals) - statistics.fmean(scores), noise(others)[0]
+    return gain, gain / (sigma * math.sqrt(1 / len(scores) + 1 / len(rivals))) if sigma > 0 else None
+
+
+def transfer(candidate: Experiment, base: Experiment, gain_there: float, others) -> str:
+    """What has become, here, of an idea that had gained `gain_there` bits per byte elsewhere: one word or two.
+
+    reverses: it is worse than its base; holds: it is better; fades: it gains less than half of what it did there. Each
+    with the probability that a keep takes.
+    """
+    scores, rivals = comparable(candidate, base)
+    known = noise(others)
+    if candidate.status == "crash":
+        return "crashes"
+    if not rivals or not known[0] > 0:
+        return "cannot be told"
+    better = probability_better(scores, rivals, known)
+    half = probability_better(scores, [score - gain_there / 2 for score in rivals], known)
+    if better <= 1 - KEEP_AT:
+        return "reverses"
+    if half <= 1 - KEEP_AT:
+        return "fades"
+    return "holds" if better >= KEEP_AT else "cannot be told"
+
+
+def rank_correlation(pairs) -> float | None:
+    """Spearman's rank correlation of [(a, b)], equal values at their mean rank; None for fewer than three pairs."""
+    if len(pairs) < 3:
+        return None
+
+    def ranks(values):
+        return [
+            sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values
+        ]
+
+    first, second = (ranks(values) for values in zip(*pairs))
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return statistics.correlation(first, second)
