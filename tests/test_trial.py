@@ -467,13 +467,6 @@ def test_who_wants_others_to_be_ended_before_it_is_stopped(hold, monkeypatch):
     assert result.outcome == "crash" and "others to be ended before it" in result.reason
 
 
-def test_files_in_memory_count_as_memory(hold, monkeypatch):
-    monkeypatch.setattr(limits, "MEMORY_SHARE", 0.05)
-    code = "f = os.memfd_create('x'); [os.write(f, bytes(2**24)) for _ in range(100)]; time.sleep(9)"
-    result = hold(before=code)
-    assert result.outcome == "crash" and "GB of memory" in result.reason, result
-
-
 def test_a_proctor_that_cannot_start_a_process_in_mid_trial_blames_the_candidate(hold, monkeypatch):
     """As where a candidate has filled the table of processes."""
 
@@ -587,3 +580,44 @@ os.kill(0, 9)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
     child = start_confined([sys.executable, "-c", code], None, stdout=subprocess.PIPE, text=True)
     assert child.communicate(timeout=20)[0].split() == ["40", "39"]
+
+
+@pytest.mark.parametrize("left, fault", [(2**32, None), (2**20, "has filled up, and not by this trial; make room")])
+def test_what_others_do_to_the_disk_and_to_the_memory_is_not_held_against_a_trial(
+    left, fault, candidate, tmp_path, monkeypatch
+):
+    """Only a disk that is full ends it, as a fault of the machine."""
+    log, real = tmp_path / "out" / "metrics.jsonl", psutil.virtual_memory
+
+    def filled():
+        return log.exists()
+
+    def statvfs(_):
+        free = left if filled() else 2**40
+        return types.SimpleNamespace(
+            f_bavail=free, f_frsize=1, f_blocks=2**41, f_bfree=free, f_files=10**9, f_favail=10**9
+        )
+
+    monkeypatch.setattr(watch.os, "statvfs", statvfs)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real()._replace(shared=2**40 * filled()))
+    path = candidate(each_step="time.sleep(2)")
+    if fault:
+        with pytest.raises(prepare.Pause, match=fault):
+            trial(path, tmp_path / "out", TINY, 0, shares=2)
+    else:
+        assert trial(path, tmp_path / "out", TINY, 0, shares=2).outcome == "ok"
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_a_trial_has_its_share_of_the_memory_and_files_in_memory_count(shares, candidate, tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MEMORY_SHARE", 0.05 * shares)
+    code = "f = os.memfd_create('x'); [os.write(f, bytes(2**24)) for _ in range(100)]; time.sleep(9)"
+    result = trial(candidate(before=code), tmp_path / "out", TINY, 0, shares=shares)
+    assert result.outcome == "crash" and "GB of memory" in result.reason, result
+
+
+def test_a_file_that_is_deleted_and_held_open_fills_the_disk_all_the_same(hold, monkeypatch):
+    monkeypatch.setattr(limits, "DISK_LIMIT", 2**27)
+    code = "f = open('big', 'wb'); os.unlink('big'); [f.write(bytes(2**24)) for _ in range(64)]; time.sleep(9)"
+    result = hold(before=code)
+    assert result.outcome == "crash" and "filled the disk" in result.reason, result
