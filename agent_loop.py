@@ -16,6 +16,7 @@ in the order in which they end, against the best of that moment.
 import argparse
 import asyncio
 import contextlib
+import errno
 import fcntl
 import functools
 import math
@@ -41,9 +42,10 @@ try:
     from lab.replay import Replay
     from lab.repository import Repository
     from lab.researcher import Draft, Enough, Researcher, Search
-    from lab.slots import Slot, choose_slots, idle_cards
+    from lab.slots import POLL, Slot, choose_slots, end_all, idle_cards
     from lab.tag import THROW_AWAY, Tag, book_owner
     from lab.transfer import kept_changes, replayed
+    from lab.verdict import difference
     from lab.view import COLOURS, View, live, say
     from prepare import PASSING, Pause, Trouble, words
 except ModuleNotFoundError as missing:  # a fresh clone
@@ -52,7 +54,7 @@ except ModuleNotFoundError as missing:  # a fresh clone
 
 PAUSE = 60.0  # seconds until a full disk or a missing GPU is looked at again
 LAUNCH_TRIES = 3  # trials in a row that a slot's launcher loses, until the slot pauses
-POLL = 0.05  # seconds between two looks at what other slots have brought
+AWAY = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)  # of an OSError: a file system of several machines
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -75,9 +77,7 @@ class Loop:
         try:
             await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
         finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.wait(workers)
+            await end_all(workers)
         for worker in workers:
             if not worker.cancelled():
                 worker.result()
@@ -94,7 +94,8 @@ class Loop:
             except Enough as enough:
                 self.reason = self.reason or str(enough)
             except (Pause, OSError) as fault:  # every step can be taken again
-                if not isinstance(fault, Pause) and fault.errno not in PASSING:
+                passing = (*PASSING, *AWAY) if slot.launcher else PASSING
+                if not isinstance(fault, Pause) and fault.errno not in passing:
                     raise
                 faults += 1
                 await self.rest(fault, slot, at_once=bool(slot.launcher) and faults < LAUNCH_TRIES)
@@ -125,7 +126,7 @@ class Loop:
         """Hold one experiment, from the draft to the row; false, after a moment, where none can begin."""
         tag, drafts = self.tag, self.drafts
         # For the baseline is waited, and where the limit is near, for what may have to be held again elsewhere.
-        wait = drafts.taken and not tag.experiments or self.limit_reached(drafts.begun)
+        wait = slot is not self.slots[0] if not tag.experiments else self.limit_reached(drafts.begun)
         if wait or not (found := await drafts.next(self.over)):
             await asyncio.sleep(POLL)
             return False
@@ -148,9 +149,10 @@ class Loop:
         """Write the row of a finished experiment, and tell of it whom it concerns."""
         tag, before, commit = self.tag, self.tag.best, experiment.commit
         tag.record(experiment, frozenset(running.out for running in self.measure.running.values()))
-        self.drafts.drafts.pop(commit, None)
+        self.drafts.recorded(commit)
         score = "" if experiment.status == "crash" else f"{experiment.val_bpb:.6f} "
-        change = f"({experiment.val_bpb - before.val_bpb:+.6f}) " if before and score else ""
+        change = difference(experiment, before) if before else None
+        change = "" if change is None else f"({change:+.6f}) "
         self.say(f"{commit} {score}{change}{experiment.status}: {title(why)}", COLOURS[experiment.status])
         if experiment.status == "keep" and before:
             self.news.send("new best", f"val_bpb {experiment.val_bpb:.6f} {change}{draft.description}")
@@ -236,8 +238,8 @@ def parse_arguments():
     add("--max-cost", type=float, metavar="USD", help="of the model from this start; never exceeded")
     add("--hours", type=float, metavar="H", help="start no experiment after H hours")
     add("--max-experiments", type=int, metavar="N", help="end when the tag holds N and its baseline")
-    add("--gpus", metavar="WHICH", help="a trial on each: all, a number, or a list like 0,2")
-    add("--parallel", type=int, metavar="K", help="so many trials at a time: shares of a CPU, or with")
+    add("--gpus", metavar="WHICH", help="a trial on each: all, a count, or a list like 0,2")
+    add("--parallel", type=int, metavar="K", help="trials at a time: shares of a CPU, or by --launch")
     add("--launch", metavar="CMD", help="takes trials elsewhere: 'srun --gres=gpu:1 {}'")
     add("--notify-url", metavar="URL", help="post a new best, the end and trouble there")
     add("--greedy", action="store_true", help="keep any lower score after a single run")
@@ -285,7 +287,10 @@ def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
     speak, task = tag.say, tag.check(arguments.task, arguments.budget)
     if not prepared(task):
         speak(f"preparing the data of {task.name}, once")
-    flops, lacks = signals.run(launch.make_ready(task, slots[0], Path(tag.repository.repo.git_dir)))
+    for owner in tag.folder.glob("*/*/owner"):  # of trials that a loop which was killed has begun elsewhere
+        launch.disown(owner.parent)
+    scratch = tag.folder if slots[0].launcher else Path(tag.repository.repo.git_dir)
+    flops, lacks = signals.run(launch.make_ready(task, slots[0], scratch))
     tag.open(task, flops)
     level = "none" if arguments.no_sandbox else sandbox_level()
     speak(f"tag {tag.name}: task {task.name}, {task.time_budget:g} s a run, sandbox: {level}")

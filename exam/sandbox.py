@@ -90,11 +90,14 @@ def landlock_abi():
     return 0 if level == "none" else int(level.split()[1])
 
 
-def thread_limit():
-    """RLIMIT_NPROC for a candidate: the threads that its user has, and room for its own. The kernel exempts root."""
+def thread_limit(shares):
+    """RLIMIT_NPROC for a candidate: the threads that its user has, and room for its own and its neighbours'.
+
+    shares: how many candidates of that user run at a time. The kernel exempts root.
+    """
     import psutil
 
-    user, threads = os.getuid(), limits.THREAD_LIMIT
+    user, threads = os.getuid(), limits.THREAD_LIMIT * shares
     if not user:
         return -1
     for process in psutil.process_iter():
@@ -103,15 +106,15 @@ def thread_limit():
     return threads
 
 
-def start_confined(command, rules, pass_fds=(), first_to_go=CANDIDATE_GOES, **options):
+def start_confined(command, rules, pass_fds=(), first_to_go=CANDIDATE_GOES, shares=1, **options):
     """Popen `command` in its own session, under Landlock `rules` (None: unconfined), to die with this process.
 
     Its process group has the number of the process and is nobody else's: see kill_group(). first_to_go: its
-    oom_score_adj, since where memory runs out, a candidate has to go before all others.
+    oom_score_adj, since where memory runs out, a candidate has to go before all others. shares: see thread_limit().
     """
     import resource
 
-    threads = thread_limit()
+    threads = thread_limit(shares)
     scoped, on_gpu = landlock_abi() >= 6, has_gpu()
     own = os.open("/proc/self/task", os.O_PATH | os.O_DIRECTORY) if rules is not None else None
 

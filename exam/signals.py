@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import math
+import os
 import signal
 import time
 from collections.abc import Coroutine
@@ -42,16 +43,21 @@ def hear_signals(ended=-math.inf):
 
 
 def run(coroutine: Coroutine):
-    """Run a coroutine to its end and return its value. The first signal cancels it, and is raised once it has ended."""
+    """Run a coroutine to its end and return its value. The first signal cancels it, and is raised once it has ended.
+
+    One that comes HURRY seconds later, or after those, ends the program on the spot: what it waits for may never end.
+    """
     came = []
 
     async def main():
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
         def cancel(number):
+            if came and time.monotonic() > came[0] + HURRY:
+                os._exit(128 + number)
             if not came:
+                came[:] = time.monotonic(), number
                 task.cancel()
-            came.append(number)
 
         for number in numbers:
             loop.add_signal_handler(number, cancel, number)
@@ -63,6 +69,6 @@ def run(coroutine: Coroutine):
     except asyncio.CancelledError:
         if not came:
             raise
-        raise ending(came[0]) from None
+        raise ending(came[1]) from None
     finally:  # asyncio leaves the handlers of the system behind
-        hear_signals(time.monotonic() if came else -math.inf)
+        hear_signals(came[0] if came else -math.inf)

@@ -52,8 +52,10 @@ SYSTEM_CALLS = (
     (IGNORE, ((132, None), (235, None), (261, None), (280, 88))),
     # Whoever stays in the process group of the candidate ends with it: setpgid, setsid.
     (IGNORE, ((109, 154), (112, 157))),
-    # The priority of others: setpriority, ioprio_set.
-    (IGNORE, ((141, 140), (251, 30))),
+    # The priority of others: setpriority, ioprio_set. The cores of a trial beside this one: sched_setaffinity.
+    (IGNORE, ((141, 140), (251, 30), (203, 122))),
+    # Two trials at a time could talk through locks of a file that both may read: flock, and of fcntl below.
+    (IGNORE, ((73, 32),)),
 )
 # Calls that are allowed with certain arguments alone: (otherwise, calls, ((argument, mask, allowed values), ...)). The
 # filter compares 32 bits; the upper half of argument 4 is 4.5.
@@ -69,17 +71,19 @@ SOME_SYSTEM_CALLS = (
     ),
     (errno.EACCES, ((44, 206),), ((4, EVERY_BIT, (0,)), (4.5, EVERY_BIT, (0,)))),  # sendto: no address
     (errno.EACCES, ((302, 261),), ((0, EVERY_BIT, (0,)),)),  # prlimit: of the process itself
-    # sched_setaffinity, sched_setparam, sched_setscheduler, sched_setattr: of the calling thread.
-    (IGNORE, ((203, 122), (142, 118), (144, 119), (314, 274)), ((0, EVERY_BIT, (0,)),)),
+    # sched_setparam, sched_setscheduler, sched_setattr: of the calling thread.
+    (IGNORE, ((142, 118), (144, 119), (314, 274)), ((0, EVERY_BIT, (0,)),)),
     (errno.EACCES, ((56, 220),), ((0, NEW_NAMESPACE, (0,)),)),  # clone
 )
-# Calls that are refused with certain arguments alone: (calls, argument, mask, refused values).
+# Calls that are not made with certain arguments: (what becomes of them, calls, argument, mask, values).
 REFUSED_ARGUMENTS = (
     # fcntl: F_SETOWN, F_SETSIG and F_SETOWN_EX would signal others, F_SETLEASE holds up who opens a file, F_NOTIFY.
-    (((72, 25),), 1, EVERY_BIT, (8, 10, 15, 1024, 1026)),
+    (errno.EACCES, ((72, 25),), 1, EVERY_BIT, (8, 10, 15, 1024, 1026)),
+    (IGNORE, ((72, 25),), 1, EVERY_BIT, (5, 6, 7, 36, 37, 38)),  # its locks: F_GETLK, F_SETLK, F_SETLKW, F_OFD_...
     # ioctl by its kind: flags and numbers of files (f, v, X, btrfs), owners of sockets.
-    (((16, 29),), 1, 0xFF00, (0x6600, 0x7600, 0x5800, 0x9400, 0x8900)),
-    (((28, 233),), 2, EVERY_BIT, (20, 21)),  # madvise: MADV_COLD and MADV_PAGEOUT drop pages from the page cache
+    (errno.EACCES, ((16, 29),), 1, 0xFF00, (0x6600, 0x7600, 0x5800, 0x9400, 0x8900)),
+    # madvise: MADV_COLD and MADV_PAGEOUT drop pages from the page cache.
+    (errno.EACCES, ((28, 233),), 2, EVERY_BIT, (20, 21)),
 )
 # The process that reads a sealed model needs less still: no other program or process, and none to look into (execve,
 # execveat, fork, vfork, ptrace, process_vm_readv, process_vm_writev; clone makes threads).
@@ -109,7 +113,7 @@ def filter_system_calls(calls, some_calls):
     if sys.platform != "linux" or machine not in ARCHITECTURES:
         return
     column, architecture = ARCHITECTURES[machine]
-    load, mask_with, equal, at_least, end = 0x20, 0x54, 0x15, 0x35, 0x06
+    load, mask_with, equal, at_least, jump, end = 0x20, 0x54, 0x15, 0x35, 0x05, 0x06
     answer, allow = 0x50000, 0x7FFF0000
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, answer + errno.EACCES)]
     code += [(load, 0, 0, 0), (at_least, 0, 1, 2**30), (end, 0, 0, answer + errno.EACCES)]  # x32 has all calls again
@@ -123,11 +127,12 @@ def filter_system_calls(calls, some_calls):
         for numbers in group:
             if numbers[column] is not None:
                 code += [(equal, 0, len(verdict), numbers[column]), *verdict]
-    for group, argument, mask, refused in REFUSED_ARGUMENTS:
-        verdict = [(load, 0, 0, 16 + 8 * argument), (mask_with, 0, 0, mask)]
-        verdict += [(equal, len(refused) - place, 0, value) for place, value in enumerate(refused)]
-        verdict += [(end, 0, 0, allow), (end, 0, 0, answer + errno.EACCES)]
+    for otherwise, group, argument, mask, refused in REFUSED_ARGUMENTS:
+        # Others of its arguments are for the lines below: the number of the call is there again for them.
         for numbers in group:
+            verdict = [(load, 0, 0, 16 + 8 * argument), (mask_with, 0, 0, mask)]
+            verdict += [(equal, len(refused) - place, 0, value) for place, value in enumerate(refused)]
+            verdict += [(jump, 0, 0, 1), (end, 0, 0, answer + otherwise), (load, 0, 0, 0)]
             code += [(equal, 0, len(verdict), numbers[column]), *verdict]
     code += [(end, 0, 0, allow)]
     lines = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))

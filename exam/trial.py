@@ -62,7 +62,7 @@ def lay_out_room(out, source, warm):
     return room
 
 
-def start_candidate(room, rules, task, seed, flops):
+def start_candidate(room, rules, task, seed, flops, shares):
     """Start the train.py of a room: (its Popen, our end of the channel to it, descriptor of what it prints)."""
     ours, theirs = message_pair()
     output, child_output = os.pipe()
@@ -71,7 +71,8 @@ def start_candidate(room, rules, task, seed, flops):
     streams = {"stdin": subprocess.DEVNULL, "stdout": child_output, "stderr": child_output}
     command, passed = [sys.executable, "train.py"], [theirs.fileno()]
     try:
-        child = start_confined(command, rules, cwd=room, env=room_environment(room, told), pass_fds=passed, **streams)
+        streams |= {"cwd": room, "env": room_environment(room, told)}
+        child = start_confined(command, rules, passed, shares=shares, **streams)
     finally:
         os.close(child_output)
         theirs.close()
@@ -144,7 +145,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         examiner = start_examiner()
         rows = stack.enter_context(open(folder / "train.bin", "rb"))
         stack.callback(end_processes)
-        child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops)
+        child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops, shares)
         stack.callback(os.close, output)
         watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out, shares)
         facts = follow(watch, rows.fileno(), keep_compiled)

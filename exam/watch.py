@@ -1,11 +1,13 @@
 """A candidate under clock and limits, from its start to its end, as the proctor sees it."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import re
 import selectors
+import signal
 import socket
 import stat
 import time
@@ -63,13 +65,15 @@ def last_words(log):
 
 
 def files_in(folder):
-    """{(device, inode): bytes that it takes} of all files in a folder."""
+    """{(device, inode): bytes that it takes} of the files in a folder, at most limits.INODE_LIMIT of them."""
     found = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
+    for root, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
             with contextlib.suppress(OSError):
                 status = os.lstat(os.path.join(root, name))
                 found[status.st_dev, status.st_ino] = 512 * status.st_blocks
+        if len(found) > limits.INODE_LIMIT:
+            break
     return found
 
 
@@ -78,7 +82,7 @@ def unlinked(alive):
     found = {}
     for process in alive:
         with contextlib.suppress(OSError):
-            for entry in os.scandir(f"/proc/{process.pid}/fd"):
+            for entry in itertools.islice(os.scandir(f"/proc/{process.pid}/fd"), limits.INODE_LIMIT):
                 with contextlib.suppress(OSError):
                     status = entry.stat()
                     if stat.S_ISREG(status.st_mode) and not status.st_nlink:
@@ -106,8 +110,9 @@ class Watch:
         self.outcome = self.reason = None
         self.report, self.peak, self.cpu_at_begin, self.logged = {}, 0, 0.0, 0
         disk = os.statvfs(out)
+        self.free_at_start = disk.f_bavail * disk.f_frsize
         self.shared_at_start = getattr(psutil.virtual_memory(), "shared", 0)  # which macOS does not tell
-        self.disk_floor = max(limits.DISK_RESERVE, disk.f_bavail * disk.f_frsize - limits.DISK_LIMIT)
+        self.disk_floor = max(limits.DISK_RESERVE, self.free_at_start - limits.DISK_LIMIT)
         self.inode_floor = disk.f_favail - limits.INODE_LIMIT if disk.f_files else -math.inf  # btrfs has no such number
 
     def run(self, rows, at_begin):
@@ -191,6 +196,8 @@ class Watch:
             phase = "before begin()" if self.begun is None else "between begin() and submit()"
             self.outcome, self.reason = "timeout", f"no end after {now - (self.begun or self.started):.0f} s {phase}"
         elif code is not None:
+            if code == -signal.SIGKILL and self.shares > 1:  # it may be a neighbour that has filled the memory
+                raise Pause("the trial was killed, as the kernel does where memory runs out; hold fewer at a time")
             self.outcome, self.reason = "crash", processes.exit_reason(code)
         elif now > self.next_look:
             self.next_look = now + 1
@@ -217,9 +224,10 @@ class Watch:
         if threads > limits.THREAD_LIMIT:
             return f"it ran more than {limits.THREAD_LIMIT} threads"
         machine = psutil.virtual_memory()
-        # Files in memory are in no process's account: all that the machine has count for a trial that has it alone.
+        # Files in memory are in no process's account. Those that a process could hide, and those of others, are not
+        # told apart; where they fill the memory, the kernel ends this candidate first.
         shared = max(0, getattr(machine, "shared", 0) - self.shared_at_start)
-        memory += shared if self.shares == 1 else min(shared, sum(unlinked(alive).values()))
+        memory += min(shared, sum(unlinked(alive).values()))
         self.peak = max(self.peak, memory)
         if memory > limits.MEMORY_SHARE * machine.total / self.shares:
             return f"it took {memory / 2**30:.0f} GB of memory"
@@ -233,7 +241,8 @@ class Watch:
             return None
         # Counted only now, for it takes time: others may write to the same disk.
         files = files_in(self.out / "room") | unlinked(alive)
-        if sum(files.values()) > limits.DISK_LIMIT / 2 or len(files) > limits.INODE_LIMIT / 2:
+        most = min(limits.DISK_LIMIT, self.free_at_start - free) / 2
+        if sum(files.values()) > most or len(files) > limits.INODE_LIMIT / 2:
             return "it filled the disk"
         if free < limits.DISK_RESERVE or disk.f_files and disk.f_favail < limits.INODE_LIMIT / 100:
             raise Pause(f"the disk that holds {self.out} has filled up, and not by this trial; make room")

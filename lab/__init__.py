@@ -11,10 +11,10 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   api         one request to a model and its whole answer: failures, money
   model       a language model as a researcher
   replay      a researcher that proposes what another tag has kept
+  slots       the places that hold one trial each
   tag         one tag: branch, candidates, evidence, best, record, settle
   drafts      drafts on their way to a trial
   transfer    what was found elsewhere: as drafts, and how it has held here
-  slots       the places that hold one trial each
   launch      hold one trial: request -> Result
   measure     the runs of one candidate, and whose fault a failure is
   findings    what a tag has found, in numbers

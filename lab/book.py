@@ -90,17 +90,6 @@ def add_row(path: Path, before: list[Experiment], experiment: Experiment):
     write_atomically(path, whole + experiment.row)
 
 
-def changes(experiments):
-    """(experiment, its val_bpb minus that of the best before it) in order; None for the first ones and for crashes."""
-    best, pairs = None, []
-    for experiment in experiments:
-        known = best is not None and experiment.status != "crash"
-        pairs.append((experiment, experiment.val_bpb - best if known else None))
-        if experiment.status == "keep":
-            best = experiment.val_bpb
-    return pairs
-
-
 def best_of(experiments) -> Experiment | None:
     """The last experiment that was kept; None where there is none."""
     return next((e for e in reversed(experiments) if e.status == "keep"), None)

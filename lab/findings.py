@@ -12,9 +12,9 @@ from pathlib import Path
 
 from exam.result import Result
 from lab.api import TOKENS
-from lab.book import Experiment, best_of, changes
+from lab.book import Experiment, best_of
 from lab.tag import Tag
-from lab.verdict import comparable, noise, probability_better
+from lab.verdict import changes, comparable, difference, noise, probability_better
 from prepare import one_line
 
 
@@ -88,7 +88,8 @@ def find(tag: Tag) -> Findings:
     if not best:
         return found
     first = next(e for e in rows if e.status == "keep")
-    gain, varies, confidence = first.val_bpb - best.val_bpb, noise(rows), None
+    lower, varies, confidence = difference(best, first), noise(rows), None
+    gain = first.val_bpb - best.val_bpb if lower is None else -lower
     if varies[0] > 0 and best is not first:
         scores, others = comparable(best, first)
         confidence = probability_better(scores, others, varies) if others else None

@@ -21,14 +21,14 @@ from pathlib import Path
 
 from exam.files import ROOT
 from exam.result import Result
-from lab.slots import VISIBLE, Slot, launched
+from lab.slots import POLL, VISIBLE, Slot, launched
 from prepare import PAUSE_CODE, Task, Trouble, device_kind, one_line
 
-POLL = 0.05  # seconds between two looks at a process
 QUEUE_LIMIT = 3600.0  # seconds that a launcher may take to find a machine
 START_LIMIT = 300.0  # that a trial may take there until begin(), whatever machine it is
 LATE = 300.0  # by which such a trial may be late, all its limits added up
-LAST_WORDS = 15.0  # until the file system shows here what was written there, or a launcher sees that its work is done
+LAST_WORDS = 90.0  # until the file system shows here what was written there: NFS may take more than a minute
+GRACE = 15.0  # that a launcher has to clear up behind itself, or to end
 PROGRAM = ROOT / "prepare.py"
 
 
@@ -67,14 +67,14 @@ async def hold(request: Request, slot: Slot) -> Result:
     """
     out = request.out
     out.mkdir(parents=True, exist_ok=True)
-    train_py, owner, word = out.parent / "train.py", out / "owner", secrets.token_hex(8)
+    train_py, word = out.parent / "train.py", secrets.token_hex(8)
     if not train_py.exists() or train_py.read_bytes() != request.source:  # another run of it may be reading it
         fresh = train_py.with_suffix(".new")
         fresh.write_bytes(request.source)
         fresh.replace(train_py)
     line = command(request, train_py, slot)
+    (out / "owner").write_text(word)  # one that an earlier loop holds here ends, when it sees that
     if slot.launcher:
-        owner.write_text(word)  # one that an earlier loop holds here ends, when it sees that
         line = launched(slot.launcher, [*line, "--owner", word])
     for stale in (request.report, out / "where"):
         stale.unlink(missing_ok=True)
@@ -86,10 +86,17 @@ async def hold(request: Request, slot: Slot) -> Result:
     try:
         await (launched_end(worker, request) if slot.launcher else ended(worker))
     finally:
-        if slot.launcher and not request.report.exists():
-            owner.write_text("")
-        await end(worker, slot)
+        try:
+            disown(out)
+        finally:
+            await end(worker, slot)
     return Result.read(request.report) or without_words(worker, request, slot)
+
+
+def disown(out: Path):
+    """Have a trial in the folder `out` end itself, wherever it runs, unless it has ended."""
+    if (out / "owner").exists() and not (out / "result.json").exists():
+        (out / "owner").write_text("")
 
 
 async def ended(worker, seconds=math.inf) -> bool:
@@ -104,7 +111,7 @@ async def launched_end(worker, request):
     """Wait for the result of a trial that a launcher takes elsewhere, or until there will be none."""
     if await appears(request.out / "where", QUEUE_LIMIT, worker):
         await appears(request.report, request.longest, worker)
-    await ended(worker, LAST_WORDS)  # it may have to clear up behind itself
+    await ended(worker, GRACE)
 
 
 async def appears(path, seconds, worker) -> bool:
@@ -115,7 +122,8 @@ async def appears(path, seconds, worker) -> bool:
             began = (path.parent / "where").exists() or not worker.returncode
             limit = min(limit, time.monotonic() + LAST_WORDS * began)
             while not path.exists() and time.monotonic() < limit:
-                await asyncio.sleep(POLL)
+                os.listdir(path.parent)  # has NFS look again
+                await asyncio.sleep(10 * POLL)
             break
         await asyncio.sleep(POLL)
     return path.exists()
@@ -123,28 +131,30 @@ async def appears(path, seconds, worker) -> bool:
 
 async def end(worker, slot):
     """End a process in good order, and a launcher with all that it has started here."""
-    if worker.poll() is not None:
-        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGTERM) if slot.launcher else worker.terminate()
-    if not await ended(worker, LAST_WORDS if slot.launcher else math.inf):
-        os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
+    try:
+        await ended(worker, GRACE if slot.launcher else math.inf)
+    finally:  # what a launcher has left in its group as well
+        if slot.launcher:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
 
 
 def without_words(worker, request, slot) -> Result:
     """What becomes of a trial that has left no result."""
     code, out = worker.returncode, request.out
-    said = (out / "proctor.log").read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
-    if not slot.launcher:
-        # Only these tell of a disk too full to write a result, and of a prepare.py that does not know the request, as
-        # one of another version does not.
-        outcome = {PAUSE_CODE: "paused", 2: "fault"}.get(code, "lost")
-        result = Result(outcome, "it was killed" if code < 0 else said[-1])
-    elif (out / "where").exists():
-        result = Result("lost", f"no result came from {one_line((out / 'where').read_text(), 80)} ({said[-1]})")
-    else:
-        result = Result("lost", f"the launcher has found no machine ({said[-1]})")
+    log = (out / "proctor.log").read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+    said, where = one_line(log[-1], 200), out / "where"
+    if slot.launcher and where.exists():
+        return Result("lost", f"no result came from {one_line(where.read_text(), 80)} ({said})")
+    if slot.launcher:
+        return Result("paused", f"the launcher has found no machine ({said})")
+    # Only these tell of a disk too full to write a result, and of a prepare.py that does not know the request, as one
+    # of another version does not.
+    outcome = {PAUSE_CODE: "paused", 2: "fault"}.get(code, "lost")
+    result = Result(outcome, "it was killed" if code < 0 else said)
     result.write(request.report)  # where the disk is full this fails as well, and is not held against the candidate
     return result
 
@@ -169,7 +179,10 @@ def on_cores(slot):
 def environment(slot):
     """That of a trial's proctor, or of a launcher, which may hand on all of it: without the keys to a model."""
     kept = {name: value for name, value in os.environ.items() if not re.match(r"ANTHROPIC_|\w*API_KEY", name)}
-    return kept | ({VISIBLE[device_kind()]: slot.card} if slot.card else {})
+    if slot.card:
+        *others, name = VISIBLE[device_kind()]
+        kept = {other: value for other, value in kept.items() if other not in others} | {name: slot.card}
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,15 +192,16 @@ def environment(slot):
 async def make_ready(task: Task, slot: Slot, scratch: Path) -> tuple[float, list[str]]:
     """Prepare the data of `task` where they are missing, in a slot: (machine_flops() there, what is not well there).
 
-    scratch: an existing folder that the slot's machine sees. Raises Trouble.
+    scratch: a folder, made where it is missing, that the slot's machine sees. Raises Trouble.
     """
+    scratch.mkdir(parents=True, exist_ok=True)
     answer = scratch / f"ready-{secrets.token_hex(4)}.json"
     line = [sys.executable, str(PROGRAM), "--ready", str(answer), "--task", task.name, *on_cores(slot)]
     line = launched(slot.launcher, line) if slot.launcher else line
     worker = subprocess.Popen(line, stdin=subprocess.DEVNULL, env=environment(slot), cwd=ROOT, start_new_session=True)
     try:
         await appears(answer, math.inf, worker)
-        await ended(worker, LAST_WORDS)
+        await ended(worker, GRACE)
         told = json.loads(answer.read_text()) if answer.exists() else {}
     finally:
         if worker.poll() is None:

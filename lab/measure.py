@@ -14,7 +14,7 @@ from exam.result import Result
 from lab import launch, verdict
 from lab.book import Experiment
 from lab.researcher import Draft, Say
-from lab.slots import Running, Slot
+from lab.slots import POLL, Running, Slot, end_all
 from lab.tag import Tag
 from prepare import Pause, Trouble, one_line
 
@@ -23,6 +23,7 @@ SLOW_PAUSES = 2  # until the best shows whether the machine's new speed is one t
 # Faults of the machine in a row, until the best shows whether it is the candidate that brings them about: in trials
 # here, and in those of launchers, which lose what they please.
 MOST_FAULTS, MOST_LOST = 3, 8
+CLASS_TRIES = 3  # runs of the best by a launcher, which cannot be told on what, to have one on a candidate's device
 
 
 class Measure:
@@ -31,10 +32,11 @@ class Measure:
     def __init__(self, tag: Tag, say: Say, greedy=False, sandbox=True):
         self.tag, self.say, self.greedy, self.sandbox = tag, say, greedy, sandbox
         self.running: dict[Slot, Running] = {}
-        self.faults = collections.Counter()  # {commit: trials in a row in which the machine was at fault}
+        self.faults = collections.Counter()  # {(commit, run): trials in a row in which the machine was at fault}
         self.slow_pauses = collections.Counter()  # {slot: pauses in a row for slowness}
         self.settled: dict[str, float] = {}  # {device: rate at which the best has shown to run again}
         self.best_runs = asyncio.Lock()  # of those that run the best again, which may spare the next one that
+        self.beginning = asyncio.Lock()  # held for as long as a trial has this machine to itself
 
     async def measure(self, commit: str, draft: Draft, slot: Slot) -> tuple[Experiment, str]:
         """Run a candidate as often as it takes: its finished experiment, and why it ended so.
@@ -43,7 +45,7 @@ class Measure:
         """
         experiment = Experiment(commit, 0.0, 0.0, "crash", draft.description)
         await self._make_comparable(slot)
-        compared = None  # the best that has run again for this candidate
+        compared, tries = None, 0  # the best that has run again for this candidate, and how often
         for run in itertools.count():
             result = await self._trial(commit, run, draft.description, slot)
             if result.outcome != "ok":
@@ -53,7 +55,10 @@ class Measure:
                 continue
             ruling = self._judge(experiment, compared)
             while ruling.decision == "best":
-                compared = await self._run_best_again(ruling.reason, slot) or compared
+                best = self.tag.best.commit
+                if await self._run_best_again(ruling.reason, slot):
+                    tries += 1
+                    compared = best if tries >= (CLASS_TRIES if slot.launcher else 1) else None
                 ruling = self._judge(experiment, compared)
             if ruling.decision != "again":
                 return _finished(experiment, ruling)
@@ -99,10 +104,10 @@ class Measure:
         if self.slow_pauses[slot] >= SLOW_PAUSES:
             await self._run_best_again("the machine stays slow", slot)
 
-    async def _run_best_again(self, reason, slot):
-        """One more run of the best commit, which counts from then on; returns its hash.
+    async def _run_best_again(self, reason, slot) -> Result | None:
+        """The result of one more run of the best commit, which counts from then on.
 
-        None, and no run, where another slot has just run it, or found another best.
+        None, and no run, where another slot has just run it, or found another best: there is something new to judge by.
         """
         asked = self.tag.best
         async with self.best_runs:
@@ -114,7 +119,7 @@ class Measure:
             if result.outcome == "ok":
                 self.tag.ran_again(best.commit, result)
                 self.settled[result.device or ""] = result.matmul_flops
-            return best.commit
+            return result
 
     # -- one trial, and whose fault its failure is
 
@@ -139,22 +144,22 @@ class Measure:
 
     async def _hold(self, commit, run, description, slot):
         """Hold one trial and return its result. Raises Pause where the machine could not hold it."""
-        tag = self.tag
+        tag, out, key = self.tag, self.tag.path(commit, run), (commit, run)
         tag.check_exam()
-        out = tag.path(commit, run)
-        self.running[slot] = Running(slot, commit, description, run, out)
-        try:
-            result = await launch.hold(self._request(commit, run), slot)
-        finally:
-            self.running.pop(slot)
-        if result.outcome == "fault":
+        result = await self._turn(Running(slot, commit, description, run, out), alone=self.faults[key] >= MOST_FAULTS)
+        if result.outcome == "fault" and not slot.launcher:
             raise Trouble(f"the trial of {commit} could not be held: {result.reason}")
+        if slot.launcher and self.sandbox and result.sandbox == "none":
+            (out / "result.json").unlink()
+            raise Pause(f"{result.host} has no sandbox; have {slot.launcher[0]} leave it out, or give --no-sandbox")
         # A launcher, and a baseline, do not kill a proctor by themselves; a candidate may have had its own killed.
         lost = result.outcome == "lost"
-        if result.outcome == "paused" or lost and (slot.launcher or not tag.experiments):
-            self.faults[commit] += 1
-            return await self._judge_fault(commit, result, slot)
-        self.faults[commit] = 0
+        if result.outcome in ("paused", "fault") or lost and (slot.launcher or not tag.experiments):
+            if slot.launcher and not (out / "where").exists():
+                raise Pause(result.reason)
+            self.faults[key] += 1
+            return await self._judge_fault(key, result, slot)
+        self.faults[key] = 0
         if lost:  # whatever has ended the proctor, the night goes on
             return Result("crash", f"the trial broke off: {result.reason}")
         try:
@@ -163,6 +168,23 @@ class Measure:
             (out / "result.json").unlink()
             raise
         return result
+
+    async def _turn(self, running: Running, alone: bool) -> Result:
+        """Hold a trial beside those of the other slots; alone: once these have ended, and before others begin."""
+        slot, request = running.slot, self._request(running.commit, running.run)
+        async with self.beginning:
+            while alone and not slot.launcher and self.running:
+                await asyncio.sleep(POLL)
+            self.running[slot] = running
+            if alone:
+                return await self._held(request, slot)
+        return await self._held(request, slot)
+
+    async def _held(self, request, slot):
+        try:
+            return await launch.hold(request, slot)
+        finally:
+            self.running.pop(slot)
 
     def _request(self, commit, run):
         tag = self.tag
@@ -180,20 +202,23 @@ class Measure:
             sandbox=self.sandbox,
         )
 
-    async def _judge_fault(self, commit, fault, slot):
-        """The result of a trial of `commit` that the machine did not let be held: a crash, after some in a row.
+    async def _judge_fault(self, key, fault, slot):
+        """The result of a trial that the machine did not let be held: a crash of its candidate, after some in a row.
 
-        Raises Pause where it is too early to blame the candidate: a run of the best has to go well first, and a fault
-        of the best's own trials, or of the baseline's, that has been named never is.
+        Raises Pause where it is too early to blame that: a run of the best has to go well first. What is in the book is
+        never blamed, and neither is a baseline for a fault that has been named.
         """
-        tag, times = self.tag, self.faults[commit]
-        named = fault.outcome == "paused" or slot.launcher
-        most = MOST_LOST if slot.launcher else MOST_FAULTS
-        if times <= most or named and (not tag.experiments or commit == tag.best.commit):
-            raise Pause(fault.reason if named else f"the trial of {commit} broke off: {fault.reason}")
+        tag, times, commit = self.tag, self.faults[key], key[0]
+        named, most = fault.outcome != "lost" or slot.launcher, MOST_LOST if slot.launcher else MOST_FAULTS
+        reason = fault.reason if named else f"the trial of {commit} broke off: {fault.reason}"
+        recorded = commit in {experiment.commit for experiment in tag.experiments}
+        if times <= most or recorded or named and not tag.experiments:
+            raise Pause(reason)
         if tag.experiments:
-            reason = f"the trial of {commit} could not be held {times} times in a row ({fault.reason})"
-            await self._run_best_again(reason, slot)
+            asked = f"the trial of {commit} could not be held {times} times in a row ({fault.reason})"
+            result = await self._run_best_again(asked, slot)
+            if not result or result.outcome != "ok":
+                raise Pause(reason)
         return Result("crash", f"the machine failed in its trials, {times} times in a row: {fault.reason}")
 
     def _usual_speed(self, commit, device):
@@ -239,7 +264,5 @@ async def _side_by_side(coroutines):
     try:
         await asyncio.wait(tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        await end_all(tasks)
     return [task.result() for task in tasks]

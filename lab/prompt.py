@@ -11,8 +11,9 @@ import secrets
 
 import prepare
 from exam.files import ROOT
-from lab.book import STATUSES, best_of, changes
+from lab.book import STATUSES, best_of
 from lab.researcher import Brief, Failure
+from lab.verdict import changes
 from prepare import one_line
 
 MARK = f"data-{secrets.token_hex(6)}"  # drawn for this process, so that no text can have been written to contain it

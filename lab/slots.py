@@ -1,5 +1,6 @@
 """Slots: the places that hold one trial each, at the same time: a card, a share of the CPU, or a launcher's machine."""
 
+import asyncio
 import dataclasses
 import os
 import shlex
@@ -8,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prepare import Trouble, device_kind
+from prepare import Trouble, device_kind, one_line
 
-# The variable by which each make's driver is told what a process may see; ROCm listens to CUDA's too.
-VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
+POLL = 0.05  # seconds between two looks at what becomes of something
+# The variables by which each make's driver is told what a process may see; for ROCm the first wins over that of CUDA.
+VISIBLE = {"cuda": ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"), "xpu": ("ZE_AFFINITY_MASK",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +62,36 @@ def choose_slots(gpus: str | None, parallel: int | None, launch: str | None) -> 
     return (Slot(0, "here"),)
 
 
+async def end_all(tasks: list[asyncio.Task]):
+    """Cancel tasks once, and wait until all have ended in good order, however often this is cancelled meanwhile."""
+    for task in tasks:
+        task.cancel()
+    cancelled = False
+    while not all(task.done() for task in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Cards
 
 
 def visible_cards() -> list[str]:
-    """The GPUs that a process here may use, as their driver is told of them; [] without any."""
-    kind = device_kind()
-    if named := os.environ.get(VISIBLE.get(kind, ""), "").strip():
+    """The GPUs that a process here may use, as their driver is told of them; [] without any. Raises Trouble."""
+    names = VISIBLE.get(device_kind(), ())
+    for named in filter(None, (os.environ.get(name, "").strip() for name in names)):
         return [card.strip() for card in named.split(",") if card.strip()]
-    if kind == "cpu":
+    if not names:
         return []
     count = "import torch; print(torch.accelerator.device_count())"
-    said = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True).stdout.split()
-    return [str(number) for number in range(int(said[-1]) if said else 0)]
+    asked = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True)
+    if asked.returncode:
+        raise Trouble(f"the GPUs cannot be counted ({one_line(asked.stderr.strip().splitlines()[-1], 200)})")
+    return [str(number) for number in range(int(asked.stdout.split()[-1]))]
 
 
 def chosen_cards(gpus: str, there: list[str]) -> list[str]:
@@ -108,14 +126,28 @@ def idle_cards(slots: tuple[Slot, ...]) -> str:
 
 
 def shared_cores(count: int) -> list[tuple[int, ...]]:
-    """The cores that this process may use, in `count` equal parts. Raises Trouble where there are fewer."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    """The cores that this process may use, in `count` equal parts. Raises Trouble where there are fewer.
+
+    Two threads of one core are neighbours in the order that is cut, since they share its time.
+    """
+    cores = sorted(os.sched_getaffinity(0), key=place) if hasattr(os, "sched_getaffinity") else []
     if not cores:
         raise Trouble("--parallel needs a system that binds processes to cores, as Linux does")
     if len(cores) < count:
         raise Trouble(f"--parallel {count} needs {count} CPU cores, and here are {len(cores)}")
     size = len(cores) // count  # equal, so that scores compare; what is left over serves the loop
     return [tuple(cores[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def place(core):
+    """(package, physical core, number) of one of the cores that the system counts, which may be threads of one."""
+    found = []
+    for name in ("physical_package_id", "core_id"):
+        try:
+            found.append(int(Path(f"/sys/devices/system/cpu/cpu{core}/topology/{name}").read_text()))
+        except (OSError, ValueError):
+            found.append(0)
+    return *found, core
 
 
 # ---------------------------------------------------------------------------------------------------------------------

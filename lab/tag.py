@@ -294,9 +294,17 @@ class Tag:
     def base(self, commit) -> Experiment | None:
         """The experiment whose train.py a candidate changes; None where that was none of this tag's."""
         parent = None
+        if commit == self.settings["start"]:
+            return None
         with contextlib.suppress(Trouble):  # an owner's first commit has no parent
             parent = self.repository.source(f"refs/autoresearch/{self.name}/{commit}^")
         return next((e for e in reversed(self.experiments) if self.source(e.commit) == parent), None)
+
+    def lineage(self, commit):
+        """The experiments that a candidate goes back to, its base first."""
+        while base := self.base(commit):
+            yield base
+            commit = base.commit
 
     def record(self, experiment: Experiment, running: frozenset[Path] = frozenset()):
         """Write the row, on disk before anything else happens, and move the branch if the experiment is kept.
@@ -306,8 +314,15 @@ class Tag:
         add_row(self.book, self.experiments, experiment)
         self.experiments.append(experiment)
         self.settle()
+        self._clear_up(running)
+
+    def _clear_up(self, running):
+        """Remove what finished experiments have left that is of no more use."""
         of_use = {"model.safetensors": self.best.commit, "compiled": self.settings["start"]}  # of their first runs
-        for left in [left for left in self.folder.glob("*/*/*") if left.parent not in running]:
+        done = {experiment.commit for experiment in self.experiments}
+        for left in self.folder.glob("*/*/*"):
+            if left.parent in running or left.parent.parent.name not in done:
+                continue
             lost = left.name in of_use and left.parent != self.path(of_use[left.name], 0)
             if lost or left.name == "room":  # a room is of a trial that broke off
                 remove(left)

@@ -69,6 +69,38 @@ def comparable(candidate: Experiment, best: Experiment) -> tuple[list[float], li
     return scores_like(candidate, last), rivals
 
 
+def difference(experiment: Experiment, best: Experiment) -> float | None:
+    """val_bpb of an experiment minus that of another; None for a crash, and where they ran on devices that differ.
+
+    Of devices that differ the runs that compare are taken, if there are any.
+    """
+    if experiment.status == "crash":
+        return None
+    devices = {statistics.mode(run.device for run in each.runs) for each in (experiment, best) if each.runs} - {""}
+    if len(devices) < 2:
+        return experiment.val_bpb - best.val_bpb
+    scores, rivals = comparable(experiment, best)
+    return statistics.fmean(scores) - statistics.fmean(rivals) if rivals else None
+
+
+def changes(experiments) -> list[tuple[Experiment, float | None]]:
+    """(experiment, its difference() from the best before it) in order; None for the first ones as well."""
+    best, pairs = None, []
+    for experiment in experiments:
+        pairs.append((experiment, difference(experiment, best) if best else None))
+        if experiment.status == "keep":
+            best = experiment
+    return pairs
+
+
+def _on_one_device(candidate, best):
+    """(scores of the candidate, scores of the best) on the device of the candidate's last run, at whatever speed."""
+    if not candidate.runs or not best.runs:
+        return all_scores(candidate), all_scores(best)
+    last = candidate.runs[-1]
+    return tuple([run.val_bpb for run in each.runs if same_device(run, last)] for each in (candidate, best))
+
+
 def _match(candidate, best):
     """(the last run of the candidate with which runs of the best compare, their scores); the last run and [] if none"""
     for run in reversed(candidate.runs):
@@ -159,10 +191,12 @@ def judge(candidate: Experiment, best: Experiment, others, greedy=False, best_ra
     others: all experiments that tell how much a run varies, the best among them. best_ran_again: whether the best has
     run for this candidate already.
     """
-    scores, rivals = comparable(candidate, best)
-    if greedy:
-        scores, rivals = all_scores(candidate), all_scores(best)
-    elif len(candidate.runs) > MAX_RUNS:  # the speed never settles, and the mean over all is the best guess
+    scores, rivals = _on_one_device(candidate, best) if greedy else comparable(candidate, best)
+    if greedy and not rivals and not best_ran_again:
+        return Verdict("best", f"the best has not run on {candidate.runs[-1].device} yet")
+    if (
+        not greedy and len(candidate.runs) > MAX_RUNS
+    ):  # the speed never settles, and the mean over all is the best guess
         device = _match(candidate, best)[0]
         scores = [run.val_bpb for run in candidate.runs if same_device(run, device)]
     decision, reason = "discard", "no run of the best compares"
@@ -202,9 +236,7 @@ def beats_base(candidate: Experiment, base: Experiment, others, greedy=False) ->
     To be asked for a finished candidate, kept or not, whose base is not the best any more. One that is in doubt does
     not run again for this: by tests/nights_parallel.py that is not worth its time. others: as for judge().
     """
-    scores, rivals = comparable(candidate, base)
-    if greedy:
-        scores, rivals = all_scores(candidate), all_scores(base)
+    scores, rivals = _on_one_device(candidate, base) if greedy else comparable(candidate, base)
     known = GREEDY if greedy else noise([*others, candidate])
     return bool(rivals) and probability_better(scores, rivals, known) >= KEEP_AT
 

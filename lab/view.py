@@ -8,10 +8,10 @@ import time
 from rich.console import Console
 from rich.text import Text
 
-from lab.book import changes
 from lab.findings import Findings, find, finished_curve, loss_at, read_curve
 from lab.report import aligned
 from lab.slots import Running
+from lab.verdict import changes
 
 COLOURS = {"keep": "green", "discard": "", "crash": "red"}  # of the three statuses
 

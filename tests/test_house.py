@@ -16,7 +16,7 @@ ORDER = """
 EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
-    book verdict repository researcher prompt answer api model replay tag drafts transfer slots launch measure findings
+    book verdict repository researcher prompt answer api model replay slots tag drafts transfer launch measure findings
     report view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
