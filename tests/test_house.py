@@ -16,13 +16,14 @@ ORDER = """
 EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
-    book verdict repository researcher prompt answer api model replay slots tag drafts transfer launch measure findings
-    report view news
+    book verdict trust repository researcher prompt answer api model replay slots tag drafts transfer launch measure
+    findings report view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
 # What may be known of whom, where more is above.
 WALLS = {
     "lab.verdict": {"lab.book"},
+    "lab.trust": set(),
     "lab.model": {"lab.book", "lab.researcher", "lab.prompt", "lab.answer", "lab.api"},
     "lab.replay": {"lab.researcher"},
     "lab.news": {"lab.researcher"},
