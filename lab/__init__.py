@@ -7,6 +7,10 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   trust       which idea of others is tried next, and when: pure functions
   repository  git
   researcher  Draft, Brief, Researcher; the built-in search
+  peers       what travels: an edit with its evidence
+  plumbing    git commands in a repository that strangers write to
+  store       the shared experiments on this machine, in a git repository of their own
+  exchange    ideas on their way to and from git remotes
   prompt      what a model is told
   answer      what a model answers
   api         one request to a model and its whole answer: failures, money

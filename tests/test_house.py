@@ -16,8 +16,8 @@ ORDER = """
 EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
-    book verdict trust repository researcher prompt answer api model replay slots tag drafts transfer launch measure
-    findings report view news
+    book verdict trust repository researcher peers plumbing store exchange prompt answer api model replay slots tag
+    drafts transfer launch measure findings report view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
 # What may be known of whom, where more is above.
@@ -27,6 +27,10 @@ WALLS = {
     "lab.model": {"lab.book", "lab.researcher", "lab.prompt", "lab.answer", "lab.api"},
     "lab.replay": {"lab.researcher"},
     "lab.news": {"lab.researcher"},
+    "lab.peers": {"lab.book"},
+    "lab.plumbing": {"lab.repository"},
+    "lab.store": {"lab.repository", "lab.peers", "lab.plumbing"},
+    "lab.exchange": {"lab.book", "lab.researcher", "lab.repository", "lab.peers", "lab.plumbing", "lab.store"},
 }
 OWN = {"prepare", "train", "agent_loop", "exam", "lab"}
 FILE_LINES = {"train": 600, "prepare": 790}  # of others 400
