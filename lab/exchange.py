@@ -140,7 +140,7 @@ class Link(threading.Thread):
             if self.closing:
                 return
             shortest, longest = self.PAUSES
-            self.resume = time.monotonic() + min(longest, shortest * 2**self.faults)
+            self.resume = time.monotonic() + min(longest, shortest * 2 ** min(self.faults, 10))
             self.to_push = self.pushes
             if not self.faults:
                 self.say(f"{self.remote.name} does not work ({told(fault)}); trying again later", "yellow")
