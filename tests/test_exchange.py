@@ -617,7 +617,7 @@ def lying(tmp_path, monkeypatch):
     def lying(lines, after=""):
         packets = [f"{len(line) + 5:04x}{line}\n" for line in lines]
         (tmp_path / "answer").write_text("".join(packets))
-        (tmp_path / "ssh").write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n{after}\nprintf 0000\n")
+        (tmp_path / "ssh").write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n{after}\nprintf 0000\ncat > /dev/null\n")
         (tmp_path / "ssh").chmod(0o700)
         monkeypatch.setenv("GIT_SSH_COMMAND", str(tmp_path / "ssh"))
         monkeypatch.setenv("GIT_SSH_VARIANT", "simple")
