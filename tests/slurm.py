@@ -1,257 +1,263 @@
 """Nights through srun and through ssh, on this one machine: as root on Debian, python tests/slurm.py [PART...]
 
-Slurm, munge and sshd are installed where they are missing, and run in a temporary folder until the end: two nodes of one
-core each, and an account `here` to log in to. Nothing of the system is started or changed. Takes some minutes, prints a
-line for each thing that has to hold, and exits with 1 where one does not. PART: see PARTS; `cluster` holds no night,
-and says how to use the cluster until Ctrl-C.
+The cluster is that of cluster.py. Takes some ten minutes, prints a line for each thing that has to hold, and exits with
+1 where one does not. PART: of the name of a part, see PARTS, to hold those alone.
 """
 
 import contextlib
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import psutil  # noqa: E402
+from cluster import Cluster, install, wait_until  # noqa: E402
 from conftest import TINY, tiny_documents, tiny_repository  # noqa: E402
 
 import prepare  # noqa: E402
 from exam import rows  # noqa: E402
 from exam.signals import hear_signals  # noqa: E402
 
-PACKAGES = {"srun": "slurm-wlm", "slurmctld": "slurm-wlm", "munged": "munge", "sshd": "openssh-server"}
-POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it whether a package may start its services
-LOGINS = Path("/run/sshd")  # that sshd wants, whatever its configuration says
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What has to be installed
+# Nights
 
 
-def install():
-    """Install what is missing, without a service of the system being started."""
-    missing = sorted({package for command, package in PACKAGES.items() if not shutil.which(command)})
-    if not missing:
-        return
-    apt = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=60"]
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    ours = not POLICY.exists()
-    if ours:
-        POLICY.write_text("#!/bin/sh\nexit 101\n")
-        POLICY.chmod(0o755)
-    try:
-        for line in ([*apt, "update"], [*apt, "install", "--no-install-recommends", *missing]):
-            subprocess.run(line, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=600)
-    finally:
-        if ours:
-            POLICY.unlink()
+class Night:
+    """A night of the loop in a repository of its own, started and started again."""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The machines
-
-SLURM = """
-ClusterName=nights
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser=root
-SlurmdUser=root
-AuthInfo=socket={folder}/munge.socket
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-ProctrackType=proctrack/{proctrack}
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SwitchType=switch/none
-MpiDefault=none
-ReturnToService=2
-SlurmdParameters=config_overrides
-KillWait=5
-NodeName=one NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
-NodeName=two NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES State=UP
-"""
-CGROUPS = """
-CgroupPlugin=cgroup/v1
-CgroupMountpoint=/sys/fs/cgroup
-CgroupAutomount=no
-ConstrainCores=no
-ConstrainRAMSpace=no
-"""
-SSHD = """
-ListenAddress 127.0.0.1
-Port {port}
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/user.pub
-StrictModes no
-UsePAM no
-PasswordAuthentication no
-PermitRootLogin yes
-PidFile none
-SetEnv AUTORESEARCH_CACHE={folder}/cache
-"""
-SSH = """
-Host here
-  HostName 127.0.0.1
-  Port {port}
-  IdentityFile {folder}/user
-  IdentitiesOnly yes
-  UserKnownHostsFile {folder}/known
-  StrictHostKeyChecking accept-new
-  BatchMode yes
-  LogLevel ERROR
-"""
-FREEZER = Path("/sys/fs/cgroup/freezer")
-
-
-def free_ports(count):
-    """So many ports of the loopback that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
-
-
-def wait_until(what, happens, seconds=60.0):
-    """The first thing that happens() returns which is true. Raises TimeoutError."""
-    end = time.monotonic() + seconds
-    while not (found := happens()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.2)
-    return found
-
-
-class Site:
-    """The daemons, in one folder, from entering to leaving."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.daemons = folder, {}
-        self.environment = os.environ | {"SLURM_CONF": f"{folder}/slurm.conf", "ANTHROPIC_API_KEY": "secret"}
+    def __init__(self, cluster: Cluster, launch, experiments=2, budget=5.0):
+        self.cluster, self.launch, self.experiments, self.budget = cluster, launch, experiments, budget
+        self.folder = tiny_repository(Path(tempfile.mkdtemp(dir=cluster.folder)) / "night")
+        self.log, self.loop = self.folder.with_name("said"), None
 
     def __enter__(self):
-        try:
-            self.start_slurm()
-            self.start_sshd()
-            return self
-        except BaseException:
-            self.__exit__()
-            raise
+        self.start()
+        return self
 
     def __exit__(self, *_):
-        with contextlib.suppress(subprocess.SubprocessError):
-            self.run("scancel", "--user=root", "--full")
-            wait_until("no job is left", lambda: not self.jobs(), 20)
-        for name in reversed([*self.daemons]):
-            self.end(name)
-        for process in self.processes():  # of jobs that nobody looks after any more
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        for node in ("one", "two"):
-            for path in sorted(FREEZER.glob(f"slurm_{node}/**/"), reverse=True):
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+        if not self.ended():  # an error in between: its trials end with it
+            self.loop.terminate()
+        self.end()
 
-    def run(self, *command, timeout=30):
-        """What a command says. Raises CalledProcessError."""
-        line = [str(part) for part in command]
-        options = {"capture_output": True, "text": True, "timeout": timeout, "env": self.environment}
-        return subprocess.run(line, check=True, **options).stdout
-
-    def start(self, name, *command):
-        log = open(self.folder / f"{name}.out", "a")
-        with log:
-            line = [shutil.which(command[0]), *map(str, command[1:])]
+    def start(self):
+        line = [sys.executable, "agent_loop.py", "--tag", "t", "--task", "tiny", "--researcher", "search", "--greedy"]
+        line += ["--budget", str(self.budget), "--max-experiments", str(self.experiments)]
+        line += ["--launch", self.launch, "--parallel", "2"]
+        with open(self.log, "a") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.daemons[name] = subprocess.Popen(line, **streams, env=self.environment, start_new_session=True)
+            self.loop = subprocess.Popen(line, **streams, cwd=self.folder, env=self.cluster.environment)
 
-    def end(self, name, number=signal.SIGTERM):
-        process = self.daemons.pop(name)
-        process.send_signal(number)
+    def ended(self):
+        return self.loop.poll() is not None
+
+    def end(self, number=None):
+        """Wait for the end of the loop, after a signal, and return its exit code. Raises TimeoutExpired."""
+        if number:
+            self.loop.send_signal(number)
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            return self.loop.wait(300)
+        finally:
+            self.loop.kill()
 
-    def processes(self):
-        """All processes whose command line or environment names the folder, but this one."""
+    def said(self):
+        return self.log.read_text()
+
+    def rows(self):
+        path = self.folder / "results.tsv"
+        return [line.split("\t") for line in path.read_text().splitlines()[1:]] if path.exists() else []
+
+    def trials(self):
+        """[(folder of a run, process)] of all trials, wherever they run; what has launched them does not count."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                named = [*process.cmdline(), *process.environ().values()]
-                if process.pid != os.getpid() and any(str(self.folder) in text for text in named):
-                    found.append(process)
+                line = process.cmdline()
+                if line[2:3] == ["trial"] and line[1].startswith(str(self.folder)):
+                    found.append((Path(line[line.index("--out") + 1]), process))
         return found
 
-    def start_slurm(self):
-        folder, host = self.folder, socket.gethostname().partition(".")[0]
-        proctrack = "cgroup" if FREEZER.is_dir() else "linuxproc"
-        values = {"folder": folder, "host": host, "ports": free_ports(3), "proctrack": proctrack}
-        (folder / "slurm.conf").write_text(SLURM.format(**values))
-        (folder / "cgroup.conf").write_text(CGROUPS)
-        (folder / "munge.key").write_bytes(os.urandom(128))
-        (folder / "munge.key").chmod(0o600)
-        files = {"key-file": "key", "socket": "socket", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
-        places = [f"--{option}={folder}/munge.{ending}" for option, ending in files.items()]
-        self.start("munged", "munged", "--foreground", "--force", *places)
-        wait_until("munged", (folder / "munge.socket").exists)
-        self.start("slurmctld", "slurmctld", "-D", "-f", folder / "slurm.conf")
-        for node in ("one", "two"):
-            self.start_node(node)
+    def training(self, node=None):
+        """(job, folder of the run) of a trial, on that node, whose train.py has begun; None while there is none."""
+        nodes = {job: name for job, name, _ in self.cluster.jobs()}
+        for out, process in self.trials():
+            with contextlib.suppress(psutil.Error):
+                job = process.environ().get("SLURM_JOB_ID")
+                begun = (out / "metrics.jsonl").exists() and (out / "room").exists()
+                if begun and node in (None, nodes.get(job)):
+                    return job, out
+        return None
 
-    def start_node(self, node):
-        self.start(node, "slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf")
-        wait_until(f"node {node} is idle", lambda: "IDLE" in self.node(node))
+    def await_training(self, node=None):
+        return wait_until("a train.py has begun", lambda: self.ended() or self.training(node))
 
-    def node(self, node):
-        with contextlib.suppress(subprocess.CalledProcessError):  # as long as slurmctld starts
-            return self.run("scontrol", "show", "node", node).partition("State=")[2].split()[0]
-        return ""
+    def left(self):
+        """Jobs and trials that are there ten seconds from now."""
+        with contextlib.suppress(TimeoutError):
+            wait_until("all is gone", lambda: not self.cluster.jobs() and not self.trials(), 10)
+        return [*self.cluster.jobs(), *self.trials()]
 
-    def jobs(self):
-        """[(id, node, state)] of all jobs; node: "" where none is given yet."""
-        lines = self.run("squeue", "-h", "-o", "%i|%N|%T").splitlines()
-        return [tuple(line.split("|")) for line in lines]
+    def whole(self):
+        """What holds at the end of every night: its rows, and that nothing is left of it."""
+        code, rows, blamed = self.end(), self.rows(), []
+        for commit in [row[0] for row in rows if row[3] == "crash"]:  # as quick_train.py has it where it is asked to
+            logs = [path.read_text() for path in self.folder.glob(f"runs/t/{commit}/*/log.txt")]
+            blamed += [commit] * (not any("crashing as asked" in log for log in logs))
+        yield "the loop ends well", code == 0, f"exit code {code}: {self.said()[-2000:]}"
+        yield "each experiment has a row", len({row[0] for row in rows}) == len(rows) == self.experiments + 1, rows
+        yield "no candidate is blamed for a machine", not blamed, blamed
+        left = self.left()
+        yield "no job and no trial is left", not left, left
 
-    def start_sshd(self):
-        folder, (port,) = self.folder, free_ports(1)
-        for key in ("host", "user"):
-            self.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key)
-        (folder / "sshd.conf").write_text(SSHD.format(folder=folder, port=port))
-        (folder / "ssh.conf").write_text(SSH.format(folder=folder, port=port))
-        LOGINS.mkdir(exist_ok=True)
-        self.start("sshd", "sshd", "-D", "-e", "-f", folder / "sshd.conf")
 
-        def answers():
-            with contextlib.suppress(subprocess.CalledProcessError):
-                return self.run("ssh", "-F", folder / "ssh.conf", "here", "echo", "well") == "well\n"
+# ---------------------------------------------------------------------------------------------------------------------
+# What has to hold: parts yield (what, whether it does, else what was found)
 
-        wait_until("sshd answers", answers)
+
+def whole(cluster, launch):
+    """a night, with a key in the loop's environment"""
+    with Night(cluster, launch, experiments=6, budget=0.8) as night:
+        nodes, keys, most = set(), set(), 0
+        while not night.ended():
+            trials = night.trials()
+            nodes, most = nodes | {node for _, node, _ in cluster.jobs() if node}, max(most, len(trials))
+            for _, process in trials:
+                with contextlib.suppress(psutil.Error):
+                    keys |= {name for name in process.environ() if "KEY" in name}
+            time.sleep(0.3)
+        yield "two trials run at a time", most == 2, most
+        yield "no key reaches a trial", not keys, keys
+        if "srun" in launch:
+            yield "both nodes are used", nodes == {"one", "two"}, nodes
+        yield from night.whole()
+
+
+def cancelled(cluster, launch):
+    """scancel in mid-trial"""
+    with Night(cluster, launch) as night:
+        wait_until("the baseline has its row", night.rows)
+        job, out = night.await_training()
+        cluster.run("scancel", job)
+        yield from night.whole()
+        result = out / "result.json"
+        yield "the trial is held again", result.exists() and '"lost"' not in result.read_text(), sorted(out.iterdir())
+
+
+def drained(cluster, launch):
+    """a node drained in mid-night, and taken back"""
+    with Night(cluster, launch, experiments=4) as night:
+        night.await_training("two")
+        running = {job for job, node, _ in cluster.jobs() if node == "two"}
+        cluster.run("scontrol", "update", "NodeName=two", "State=DRAIN", "Reason=test")
+        count, later = len(night.rows()), set()
+        while not night.ended() and len(night.rows()) < count + 2:
+            later |= {job for job, node, _ in cluster.jobs() if node == "two"} - running
+            time.sleep(0.3)
+        yield "the night goes on on the other", not night.ended() and not later, later
+        cluster.run("scontrol", "update", "NodeName=two", "State=RESUME")
+        yield "a node that is back is used", night.await_training("two"), cluster.jobs()
+        yield from night.whole()
+
+
+def lost(cluster, launch):
+    """a node that nobody can reach any more, on which a trial goes on"""
+    with Night(cluster, launch) as night:
+        night.await_training("two")
+        cluster.end("two", signal.SIGKILL)
+        cluster.run("scontrol", "update", "NodeName=two", "State=DOWN", "Reason=test")
+        yield from night.whole()
+    cluster.start_node("two")
+
+
+def late(cluster, launch):
+    """Slurm's time limit in mid-trial"""
+    with Night(cluster, launch, experiments=0, budget=0.8) as night:
+        night.end()
+        train_py = night.folder / "train.py"
+        train_py.write_text("import time\ntime.sleep(100)\n" + train_py.read_text())
+        cluster.run("git", "-C", night.folder, "commit", "-qam", "longer than Slurm's shortest limit, a minute")
+        night.launch, night.experiments = launch.replace("srun", "srun --time=1"), 1
+        night.start()
+        wait_until("the loop has paused", lambda: "paused: " in night.said() or night.ended() or night.rows()[1:], 180)
+        yield "the loop pauses and says so", "paused: " in night.said() and not night.ended(), night.said()[-2000:]
+        code = night.end(signal.SIGINT)
+        yield "the candidate is not blamed", code == 130 and len(night.rows()) == 1, (code, night.rows())
+
+
+def killed(cluster, launch):
+    """kill -9 of the loop in mid-trial, and the same command again"""
+    with Night(cluster, launch) as night:
+        wait_until("the baseline has its row", night.rows)
+        night.await_training()
+        night.end(signal.SIGKILL)
+        running, twice, since = {process.pid for _, process in night.trials()}, 0.0, {}
+        night.start()
+        while not night.ended():
+            trials, now = night.trials(), time.monotonic()
+            folders = [out for out, _ in trials]
+            since = {out: since.get(out, now) for out in folders if folders.count(out) > 1}
+            twice = max([twice, *(now - start for start in since.values())])
+            time.sleep(0.3)
+        yield "trials were running when it was killed", running, running
+        yield "no trial is held twice at a time", twice < 10, f"for {twice:.0f} s"
+        yield from night.whole()
+
+
+def interrupted(cluster, launch):
+    """Ctrl-C in mid-trial"""
+    with Night(cluster, launch) as night:
+        night.await_training()
+        started = time.monotonic()
+        code, seconds = night.end(signal.SIGINT), time.monotonic() - started
+        yield "the loop ends within seconds", code == 130 and seconds < 15, f"exit code {code} after {seconds:.0f} s"
+        left = night.left()
+        yield "no job and no trial is left", not left, left
+        night.start()
+        yield from night.whole()
+
+
+LAUNCH = {"srun": "srun -N1 -n1 --quiet {{}}", "ssh": "ssh -F {folder}/ssh.conf here {{}}"}
+PARTS = {f"srun-{part.__name__}": part for part in (whole, cancelled, drained, lost, late, killed, interrupted)}
+PARTS |= {f"ssh-{part.__name__}": part for part in (whole, killed, interrupted)}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def show(name, cluster):
+    """Hold a part and print what it finds; returns whether all holds."""
+    fine, started = [], time.monotonic()
+    print(f"{name}: {PARTS[name].__doc__}", flush=True)
+    try:
+        for what, holds, found in PARTS[name](cluster, LAUNCH[name.partition("-")[0]].format(folder=cluster.folder)):
+            fine.append(bool(holds))
+            print(f"ok  {what}" if holds else f"NO  {what}: {found}", flush=True)
+    except (OSError, subprocess.SubprocessError, TypeError) as error:  # TypeError: nothing to unpack any more
+        fine.append(False)
+        print(f"NO  {name} broke off: {error}", flush=True)
+    print(f"    {time.monotonic() - started:.0f} s", flush=True)
+    return all(fine)
 
 
 def main():
+    asked = sys.argv[1:]
+    names = [name for name in PARTS if not asked or any(word in name for word in asked)]
+    if not names:
+        sys.exit(f"there is no such part; there are {', '.join(PARTS)}")
     hear_signals()
     install()
-    with tempfile.TemporaryDirectory(prefix="slurm-") as name, Site(Path(name)) as site:
-        print(site.run("sinfo"), site.run("srun", "-N1", "-n1", "--quiet", "hostname"))
-        if sys.argv[1:] == ["cluster"]:
-            print(f"export SLURM_CONF={name}/slurm.conf; ssh -F {name}/ssh.conf here")
-            signal.pause()
-        cmd = [site.run("ssh", "-F", f"{name}/ssh.conf", "here", "env")]
-        print(*cmd)
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Cluster(Path(folder)) as cluster:
+        os.environ["AUTORESEARCH_CACHE"] = cluster.environment["AUTORESEARCH_CACHE"] = f"{folder}/cache"
+        rows.prepare(TINY, lambda: (tiny_documents, 800, {}))
+        prepare.machine_flops()
+        return 0 if all([show(name, cluster) for name in names]) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)
