@@ -134,7 +134,7 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder, self.daemons, self.made = folder, {}, []  # made: folders elsewhere
-        self.environment = os.environ | {"SLURM_CONF": f"{folder}/slurm.conf", "ANTHROPIC_API_KEY": "secret"}
+        self.environment = os.environ | {"SLURM_CONF": f"{folder}/slurm.conf"}
 
     def __enter__(self):
         try:
@@ -151,9 +151,11 @@ class Cluster:
             wait_until("no job is left", lambda: not self.jobs(), 20)
         for name in reversed([*self.daemons]):
             self.end(name)
-        for process in self.processes():  # of jobs that nobody looks after any more
+        left = self.processes()  # of jobs that nobody looks after any more
+        for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(left, 10)
         groups = [path for node in NODES for path in FREEZER.glob(f"slurm_{node}/**/")]
         for path in [*sorted(groups, reverse=True), *self.made]:
             with contextlib.suppress(OSError):
@@ -182,18 +184,20 @@ class Cluster:
             process.wait()
 
     def processes(self):
-        """All processes whose command line or environment names the folder, but this one."""
+        """All processes that name the folder, or write there, but this one."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                named = [*process.cmdline(), *process.environ().values()]
+                # Of a slurmstepd, which has overwritten its words and its environment, only its log tells.
+                files = [file.path for file in process.open_files()]
+                named = [*process.cmdline(), *process.environ().values(), *files]
                 if process.pid != os.getpid() and any(str(self.folder) in text for text in named):
                     found.append(process)
         return found
 
     def start_slurm(self):
         folder, host = self.folder, socket.gethostname().partition(".")[0]
-        proctrack = "cgroup" if FREEZER.is_dir() else "linuxproc"
+        proctrack = "cgroup" if os.access(FREEZER, os.W_OK) else "linuxproc"
         values = {"folder": folder, "host": host, "ports": free_ports(3), "proctrack": proctrack}
         (folder / "slurm.conf").write_text(SLURM.format(**values))
         (folder / "cgroup.conf").write_text(CGROUPS)

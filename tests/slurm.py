@@ -50,7 +50,8 @@ class Night:
         line += ["--launch", self.launch, "--parallel", "2"]
         with open(self.log, "a") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.loop = subprocess.Popen(line, **streams, cwd=self.folder, env=self.cluster.environment)
+            environment = self.cluster.environment | {"ANTHROPIC_API_KEY": "secret"}
+            self.loop = subprocess.Popen(line, **streams, cwd=self.folder, env=environment)
 
     def ended(self):
         return self.loop.poll() is not None
