@@ -97,7 +97,7 @@ UsePAM no
 PasswordAuthentication no
 PermitRootLogin yes
 PidFile none
-SetEnv AUTORESEARCH_CACHE={folder}/cache
+SetEnv AUTORESEARCH_CACHE={folder}/cache OMP_NUM_THREADS=1
 """
 SSH = """
 Host here
@@ -212,7 +212,9 @@ class Cluster:
             self.start_node(node)
 
     def start_node(self, node):
-        self.start(node, "slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf")
+        cores = sorted(os.sched_getaffinity(0))  # each node has one of its own, where there are two
+        core = str(cores[NODES.index(node) % len(cores)])
+        self.start(node, "taskset", "-c", core, "slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf")
         wait_until(f"node {node} is idle", lambda: "IDLE" in self.node(node))
 
     def node(self, node):

@@ -74,13 +74,14 @@ class Night:
 
     def trials(self):
         """[(folder of a run, process)] of all trials, wherever they run; what has launched them does not count."""
-        found = []
+        found = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 line = process.cmdline()
                 if line[2:3] == ["trial"] and line[1].startswith(str(self.folder)):
-                    found.append((Path(line[line.index("--out") + 1]), process))
-        return found
+                    found[process.pid] = process.ppid(), Path(line[line.index("--out") + 1]), process
+        # A fork of a trial's process is the same in all this until it has become another program.
+        return [(out, process) for parent, out, process in found.values() if parent not in found]
 
     def training(self, node=None):
         """(job, folder of the run) of a trial, on that node, whose train.py has begun; None while there is none."""
