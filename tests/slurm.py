@@ -103,6 +103,16 @@ class Night:
             wait_until("all is gone", lambda: not self.cluster.jobs() and not self.trials(), 10)
         return [*self.cluster.jobs(), *self.trials()]
 
+    def carried_on(self):
+        """What holds until the end of a night that has lost sight of trials."""
+        longest, since = 0.0, {}
+        while not self.ended():
+            folders, now = [out for out, _ in self.trials()], time.monotonic()
+            since = {out: since.get(out, now) for out in folders if folders.count(out) > 1}
+            longest = max([longest, *(now - start for start in since.values())])
+            time.sleep(0.3)
+        yield "a trial that is held again soon ends elsewhere", longest < 10, f"both were there for {longest:.0f} s"
+
     def whole(self):
         """What holds at the end of every night: its rows, and that nothing is left of it."""
         code, rows, blamed = self.end(), self.rows(), []
@@ -168,9 +178,11 @@ def drained(cluster, launch):
 def lost(cluster, launch):
     """a node that nobody can reach any more, on which a trial goes on"""
     with Night(cluster, launch) as night:
-        night.await_training("two")
+        _, out = night.await_training("two")
         cluster.end("two", signal.SIGKILL)
         cluster.run("scontrol", "update", "NodeName=two", "State=DOWN", "Reason=test")
+        yield "the trial goes on there", out in [each for each, _ in night.trials()], night.trials()
+        yield from night.carried_on()
         yield from night.whole()
     cluster.start_node("two")
 
@@ -190,23 +202,24 @@ def late(cluster, launch):
         yield "the candidate is not blamed", code == 130 and len(night.rows()) == 1, (code, night.rows())
 
 
-def killed(cluster, launch):
+def killed(cluster, launch, all_of_it=False):
     """kill -9 of the loop in mid-trial, and the same command again"""
     with Night(cluster, launch) as night:
         wait_until("the baseline has its row", night.rows)
         night.await_training()
+        launchers = psutil.Process(night.loop.pid).children()
         night.end(signal.SIGKILL)
-        running, twice, since = {process.pid for _, process in night.trials()}, 0.0, {}
+        for process in launchers if all_of_it else ():
+            process.kill()
+        yield "a trial outlives the loop", all_of_it and "srun" in launch or night.trials(), launchers
         night.start()
-        while not night.ended():
-            trials, now = night.trials(), time.monotonic()
-            folders = [out for out, _ in trials]
-            since = {out: since.get(out, now) for out in folders if folders.count(out) > 1}
-            twice = max([twice, *(now - start for start in since.values())])
-            time.sleep(0.3)
-        yield "trials were running when it was killed", running, running
-        yield "no trial is held twice at a time", twice < 10, f"for {twice:.0f} s"
+        yield from night.carried_on()
         yield from night.whole()
+
+
+def cut(cluster, launch):
+    """the same with what has launched the trials, as a power cut ends it"""
+    yield from killed(cluster, launch, all_of_it=True)
 
 
 def interrupted(cluster, launch):
@@ -223,8 +236,8 @@ def interrupted(cluster, launch):
 
 
 LAUNCH = {"srun": "srun -N1 -n1 --quiet {{}}", "ssh": "ssh -F {folder}/ssh.conf here {{}}"}
-PARTS = {f"srun-{part.__name__}": part for part in (whole, cancelled, drained, lost, late, killed, interrupted)}
-PARTS |= {f"ssh-{part.__name__}": part for part in (whole, killed, interrupted)}
+PARTS = {f"srun-{part.__name__}": part for part in (whole, cancelled, drained, lost, late, killed, cut, interrupted)}
+PARTS |= {f"ssh-{part.__name__}": part for part in (whole, killed, cut, interrupted)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
