@@ -189,17 +189,20 @@ def lost(cluster, launch):
 
 def late(cluster, launch):
     """Slurm's time limit in mid-trial"""
-    with Night(cluster, launch, experiments=0, budget=0.8) as night:
+    with Night(cluster, launch, experiments=0, budget=40.0) as night:
         night.end()
         train_py = night.folder / "train.py"
-        train_py.write_text("import time\ntime.sleep(100)\n" + train_py.read_text())
-        cluster.run("git", "-C", night.folder, "commit", "-qam", "longer than Slurm's shortest limit, a minute")
+        # Slurm's shortest limit is a minute, and may take half a minute more to be noticed.
+        train_py.write_text("import time\n\ntime.sleep(60)\n" + train_py.read_text())
+        cluster.run("git", "-C", night.folder, "commit", "-qam", "slower to start")
         night.launch, night.experiments = launch.replace("srun", "srun --time=1"), 1
         night.start()
-        wait_until("the loop has paused", lambda: "paused: " in night.said() or night.ended() or night.rows()[1:], 180)
-        yield "the loop pauses and says so", "paused: " in night.said() and not night.ended(), night.said()[-2000:]
-        code = night.end(signal.SIGINT)
-        yield "the candidate is not blamed", code == 130 and len(night.rows()) == 1, (code, night.rows())
+        wait_until("a trial is over", lambda: "trying again" in night.said() or night.ended(), 180)
+        yield "the loop says that it will try again", not night.ended(), night.said()[-2000:]
+        night.end(signal.SIGINT)
+        yield "no candidate is blamed for it", len(night.rows()) == 1, night.rows()
+        left = night.left()
+        yield "no job and no trial is left", not left, left
 
 
 def killed(cluster, launch, all_of_it=False):
