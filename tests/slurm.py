@@ -84,18 +84,22 @@ class Night:
         return [(out, process) for parent, out, process in found.values() if parent not in found]
 
     def training(self, node=None):
-        """(job, folder of the run) of a trial, on that node, whose train.py has begun; None while there is none."""
+        """(job, folder, process) of a trial, on that node, whose train.py has begun; None while there is none."""
         nodes = {job: name for job, name, _ in self.cluster.jobs()}
         for out, process in self.trials():
             with contextlib.suppress(psutil.Error):
                 job = process.environ().get("SLURM_JOB_ID")
                 begun = (out / "metrics.jsonl").exists() and (out / "room").exists()
                 if begun and node in (None, nodes.get(job)):
-                    return job, out
+                    return job, out, process
         return None
 
     def await_training(self, node=None):
-        return wait_until("a train.py has begun", lambda: self.ended() or self.training(node))
+        """The same once there is one. Raises TimeoutError, at the end of the loop too."""
+        found = wait_until("a train.py has begun", lambda: self.training(node) or self.ended())
+        if found is True:
+            raise TimeoutError(f"the loop has ended before its time: {self.said()[-2000:]}")
+        return found
 
     def left(self):
         """Jobs and trials that are there ten seconds from now."""
@@ -104,7 +108,7 @@ class Night:
         return [*self.cluster.jobs(), *self.trials()]
 
     def carried_on(self):
-        """What holds until the end of a night that has lost sight of trials."""
+        """What holds until the end of a night that was killed and goes on."""
         longest, since = 0.0, {}
         while not self.ended():
             folders, now = [out for out, _ in self.trials()], time.monotonic()
@@ -152,7 +156,7 @@ def cancelled(cluster, launch):
     """scancel in mid-trial"""
     with Night(cluster, launch) as night:
         wait_until("the baseline has its row", night.rows)
-        job, out = night.await_training()
+        job, out, _ = night.await_training()
         cluster.run("scancel", job)
         yield from night.whole()
         result = out / "result.json"
@@ -178,11 +182,15 @@ def drained(cluster, launch):
 def lost(cluster, launch):
     """a node that nobody can reach any more, on which a trial goes on"""
     with Night(cluster, launch, budget=30.0) as night:  # it would outlast the loop's wait for its last words
-        _, out = night.await_training("two")
+        *_, process = night.await_training("two")
         cluster.end("two", signal.SIGKILL)
         cluster.run("scontrol", "update", "NodeName=two", "State=DOWN", "Reason=test")
-        yield "the trial goes on there", out in [each for each, _ in night.trials()], night.trials()
-        yield from night.carried_on()
+        wait_until("the loop holds it again", lambda: "trying again" in night.said() or night.ended())
+        started = time.monotonic()
+        yield "the trial goes on there", process.is_running(), process
+        gone, _ = psutil.wait_procs([process], 60)
+        seconds = time.monotonic() - started
+        yield "it ends once it is held again", gone and seconds < 6, f"after {seconds:.0f} s"
         yield from night.whole()
     cluster.start_node("two")
 
@@ -254,7 +262,7 @@ def show(name, cluster):
         for what, holds, found in PARTS[name](cluster, LAUNCH[name.partition("-")[0]].format(folder=cluster.folder)):
             fine.append(bool(holds))
             print(f"ok  {what}" if holds else f"NO  {what}: {found}", flush=True)
-    except (OSError, subprocess.SubprocessError, TypeError) as error:  # TypeError: nothing to unpack any more
+    except (OSError, subprocess.SubprocessError, psutil.Error) as error:
         fine.append(False)
         print(f"NO  {name} broke off: {error}", flush=True)
     print(f"    {time.monotonic() - started:.0f} s", flush=True)
