@@ -3,6 +3,7 @@
   python agent_loop.py --demo                   a baseline and five experiments in a few minutes, on any machine
   python agent_loop.py                          go on until Ctrl-C, or until a limit (--hours, --max-cost, ...)
   python agent_loop.py report                   what has happened so far
+  python agent_loop.py share --share REMOTE     give it to others
 
 The state is git, results.tsv and runs/, and nothing else, so the same command carries on wherever the last one ended:
 a candidate is a commit under refs/autoresearch/<tag>/ before its first trial starts, a result is a file before it is a
@@ -36,12 +37,13 @@ try:
     from lab import launch, report
     from lab.book import Experiment, title
     from lab.drafts import Drafts
+    from lab.elsewhere import Others, Replay
     from lab.measure import Measure
     from lab.model import FALLBACK, MODEL, Model
     from lab.news import News
-    from lab.replay import Replay
     from lab.repository import Repository
     from lab.researcher import Draft, Enough, Researcher, Search
+    from lab.sharing import Sharing, sharing
     from lab.slots import POLL, Slot, choose_slots, end_all, idle_cards
     from lab.tag import THROW_AWAY, Tag, book_owner
     from lab.transfer import kept_changes, replayed
@@ -68,6 +70,7 @@ class Loop:
         self.slots, self.drafts = slots, Drafts(tag, researcher, tag.say)
         self.most: int | None = None  # experiments of the tag besides its baseline
         self.ends = math.inf  # time.monotonic() from which no experiment is to begin
+        self.shared: Sharing | None = None
         self.reason: str | None = None  # why none is to follow
         self.trouble: Trouble | None = None
 
@@ -161,6 +164,8 @@ class Loop:
         base = tag.base(commit) if before else None
         if base and base.commit != before.commit and self.measure.beats(experiment, base):
             self.drafts.carry_over(experiment, draft, before, base)
+        if self.shared:
+            self.shared.rows()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,16 +218,18 @@ def choose_researcher(tag: Tag, arguments) -> Researcher:
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        usage="python agent_loop.py [report] [options]",
+        usage="python agent_loop.py [report | share] [options]",
         description="Improve train.py by experiments, overnight. Started again, the same command carries on.",
         epilog="""examples:
   python agent_loop.py --demo                     see it all work in five minutes
   python agent_loop.py --hours 8 --max-cost 15    a night with Claude
-  python agent_loop.py report --tag nov23         what that night has found""",
+  python agent_loop.py report --tag nov23         what that night has found
+  python agent_loop.py --share git@host:ideas     a night that gives to others, and takes from them""",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
     )
     add = parser.add_argument
-    add("command", nargs="?", choices=("report",), help="tell what a tag has found; draw progress.png")
+    commands = "report: tell what a tag has found, draw progress.png; share: give it to --share, once"
+    add("command", nargs="?", choices=("report", "share"), help=commands)
     add("--json", action="store_true", help="with report: one JSON object, and nothing else")
     add("--diff", action="store_true", help="with report: train.py's change, baseline to best")
     add("--demo", action="store_true", help="a baseline and five quick experiments; needs nothing")
@@ -231,6 +238,9 @@ def parse_arguments():
     add("--budget", type=float, metavar="SECONDS", help="of training in a run, not the task's own")
     add("--researcher", metavar="R", choices=("llm", "search"), help="llm (a language model, default) or search")
     add("--replay", metavar="TAG", help="first try here what another tag has kept, in its order")
+    remotes = "git remote (name, path, URL) to give experiments to, and take others' from"
+    add("--share", metavar="REMOTE", action="append", default=[], help=remotes)
+    add("--peer", metavar="REMOTE", action="append", default=[], help="one only to take from")
     add("--model", metavar="M", default=MODEL, help=f"that llm asks (default: {MODEL})")
     add("--fallback-model", metavar="M", help=f"if M fails (default: {FALLBACK})")
     efforts = ("low", "medium", "high", "xhigh", "max")
@@ -245,7 +255,9 @@ def parse_arguments():
     add("--greedy", action="store_true", help="keep any lower score after a single run")
     add("--no-sandbox", action="store_true", help="run train.py unconfined, if you trust its author")
     arguments = parser.parse_args()
-    if (arguments.json or arguments.diff) and not arguments.command:
+    if arguments.command == "share" and not arguments.share:
+        parser.error("share needs to know where: --share REMOTE, a git remote's name, a path or a URL")
+    if (arguments.json or arguments.diff) and arguments.command != "report":
         parser.error("--json and --diff go with report")
     if arguments.demo:
         arguments.task = arguments.task or "demo"
@@ -312,13 +324,18 @@ def night(tag: Tag, news: News, console: Console, arguments):
         raise Trouble("--launch does not tell what the other machines have; name a task for them with --task")
     task = prepare.get_task(arguments.task or tag.settings.get("task"))
     first_steps(task, researcher, repository)
-    here, shared = Path(repository.repo.git_dir), Path(repository.repo.common_dir)  # of all its working trees
-    with only_loop(here / "autoresearch.lock"), only_loop(shared / f"autoresearch-{tag.name}.lock"):
+    here, common = Path(repository.repo.git_dir), Path(repository.repo.common_dir)  # of all its working trees
+    locks = only_loop(here / "autoresearch.lock"), only_loop(common / f"autoresearch-{tag.name}.lock")
+    with locks[0], locks[1], sharing(tag, arguments.share, arguments.peer) as given:
         home = repository.branch() or repository.run("rev-parse", "HEAD")
         open_tag(tag, arguments, slots)
         researcher.check()
         measure = Measure(tag, speak, arguments.greedy, sandbox=not arguments.no_sandbox)
+        if given:
+            given.rows()
+            researcher = Others(given.exchange, researcher, speak)
         loop = Loop(tag, researcher, measure, news, slots)
+        loop.shared = given
         loop.most = arguments.max_experiments
         loop.ends = started + 3600 * arguments.hours if arguments.hours is not None else math.inf
         with live(View(loop, console)):
@@ -329,6 +346,19 @@ def night(tag: Tag, news: News, console: Console, arguments):
     if arguments.demo:
         home = "-" if home == tag.branch else home
         print(f"To throw the demo away:{THROW_AWAY.format(tag=tag.name, home=home)}")
+
+
+def share(tag: Tag, remotes: list[str]):
+    """Push what a tag has found, and was not pushed yet, to git remotes. Raises Trouble where one does not take it."""
+    tag.look()
+    if not tag.settings or not tag.experiments:
+        raise Trouble(f"there are no results of a tag {tag.name} here to share; report --tag T shows what there is")
+    with sharing(tag, remotes, [], seconds=300.0) as given:
+        given.rows()
+        count = len(given.exchange.shared(tag.name))
+    if given.left:
+        raise Trouble("not everything is shared; nothing is lost, and the same command tries again")
+    tag.say(f"{count} experiments of tag {tag.name} are shared, under the name {given.exchange.who}")
 
 
 def main():
@@ -342,6 +372,8 @@ def main():
         if arguments.command == "report":
             tag.look()
             report.show(tag, console, arguments.json, arguments.diff)
+        elif arguments.command == "share":
+            share(tag, arguments.share)
         else:
             night(tag, news, console, arguments)
         return 0

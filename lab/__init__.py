@@ -15,11 +15,12 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   answer      what a model answers
   api         one request to a model and its whole answer: failures, money
   model       a language model as a researcher
-  replay      a researcher that proposes what another tag has kept
+  elsewhere   researchers that propose what another tag, or another machine, has kept
   slots       the places that hold one trial each
   tag         one tag: branch, candidates, evidence, best, record, settle
   drafts      drafts on their way to a trial
   transfer    what was found elsewhere: as drafts, and how it has held here
+  sharing     what this machine shares: rows of a tag as ideas
   launch      hold one trial: request -> Result
   measure     the runs of one candidate, and whose fault a failure is
   findings    what a tag has found, in numbers

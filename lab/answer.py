@@ -221,5 +221,9 @@ def merge(best, base, draft):
         paths = [Path(folder) / name for name in ("best", "base", "draft")]
         for path, source in zip(paths, (best, base, draft)):
             path.write_text(source, encoding="utf-8", newline="")
-        merged = subprocess.run(["git", "merge-file", "-p", "-q", *map(str, paths)], capture_output=True)
+        command = ["git", "merge-file", "-p", "-q", *map(str, paths)]
+        try:
+            merged = subprocess.run(command, capture_output=True, timeout=20)
+        except subprocess.TimeoutExpired:  # a stranger may have written them
+            return None
     return merged.stdout.decode() if merged.returncode == 0 else None

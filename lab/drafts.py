@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lab.answer import carried_over, objection
 from lab.book import Experiment, title
+from lab.peers import edit_key
 from lab.researcher import Draft, Researcher, Say
 from lab.slots import POLL
 from lab.tag import Tag
@@ -97,6 +98,8 @@ class Drafts:
                 self.researcher.conflicted(draft)
                 return self.say(f"not tried: {draft.description} ({problem.splitlines()[0]})", "yellow")
             draft = dataclasses.replace(draft, source=source, base=best)
+        if draft.base and "Edit" not in draft.origin:  # as others name it too, so that none of them tries it twice
+            draft = dataclasses.replace(draft, origin=draft.origin | {"Edit": edit_key(draft.base, draft.source)})
         commit = self.tag.add(draft)
         self.candidates[commit] = draft
         return commit, draft

@@ -22,7 +22,7 @@ from lab.peers import FULL_NAME, Idea
 from lab.plumbing import Fault, Git, environment_of, told
 from lab.repository import Repository
 from lab.researcher import Say
-from lab.store import FAILED, Store
+from lab.store import FAILED, Store, store_path
 from prepare import Trouble, one_line
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,6 +103,7 @@ class Link(threading.Thread):
         self.to_push = pushes  # perhaps something is left of the last night
         self.to_look, self.next_look, self.looking = False, 0.0, False
         self.faults, self.resume = 0, 0.0
+        self.cut = False  # what it was doing was ended by us
 
     def once(self, text: str):
         """Tell the owner something that they need not hear twice."""
@@ -126,41 +127,48 @@ class Link(threading.Thread):
 
     def serve(self):
         """Do what is to be done; a remote that fails is left alone for a while."""
+        reached = False
         try:
             if self.to_push:
                 self.to_push = False  # what is added from now on is for the next time
-                self.push()
+                reached = self.push()
             if self.to_look and not self.closing and time.monotonic() >= self.next_look:
                 self.to_look = False
                 self.look()
-            if self.faults:
+                reached = True
+            if self.faults and reached:
                 self.say(f"{self.remote.name} can be reached again")
-            self.faults = 0
+                self.faults = 0
         except Exception as fault:  # of whatever kind, it must not cost the night
-            if self.closing:
-                return
             shortest, longest = self.PAUSES
             self.resume = time.monotonic() + min(longest, shortest * 2 ** min(self.faults, 10))
-            self.to_push = self.pushes
-            if not self.faults:
-                self.say(f"{self.remote.name} does not work ({told(fault)}); trying again later", "yellow")
+            self.to_push, self.to_look = self.pushes, True
+            if not self.faults and not self.cut:
+                again = "at the next start" if self.closing else "later"
+                self.say(f"{self.remote.name} does not work ({told(fault)}); trying again {again}", "yellow")
             self.faults += 1
 
     def close(self):
         """Have pushed what is still to be pushed, and end."""
         self.closing = True
         if self.looking:
-            self.git.kill()
+            self.end()
         self.wake.set()
+
+    def end(self):
+        """Break off what it is doing."""
+        self.cut = True
+        self.git.kill()
 
     # -- out
 
-    def push(self):
-        """Push what waits; nothing that is there already is ever moved."""
+    def push(self) -> bool:
+        """Push what waits, if anything does; nothing that is there already is ever moved."""
         with self.store.turn(f"push-{self.remote.outbox}"):  # another loop may be pushing the same
-            self.push_waiting()
+            return self.push_waiting()
 
-    def push_waiting(self):
+    def push_waiting(self) -> bool:
+        pushed = False
         while names := list(self.store.names(f"outbox/{self.remote.outbox}"))[:BATCH]:
             refs = [f"refs/autoresearch/{name}:refs/autoresearch/{name}" for name in names]
             flags = ("--porcelain", "--no-verify", "--no-follow-tags", "--recurse-submodules=no")
@@ -179,6 +187,8 @@ class Link(threading.Thread):
             self.store.sent(self.git, self.remote.outbox, done)
             if not done:
                 raise failed or Fault("git push has said nothing about what was pushed")
+            pushed = True
+        return pushed
 
     # -- in
 
@@ -292,6 +302,14 @@ class Exchange:
                 link.to_push = True
                 link.wake.set()
 
+    def shared(self, tag: str) -> set[str]:
+        """Commits of a tag that this machine has shared with all remotes it shares to, or will as soon as it can."""
+        known = self.store.names("autoresearch").keys()
+        for outbox in self.outboxes:
+            known &= {*self.store.names(f"outbox/{outbox}"), *self.store.names(f"sent/{outbox}")}
+        own = f"{self.who}/{tag}/"
+        return {name.removeprefix(own) for name in known if name.startswith(own)}
+
     def look(self) -> None:
         """Have the remotes asked for what is new, unless that was done a moment ago; ideas() will have it."""
         for link in self.links:
@@ -310,8 +328,19 @@ class Exchange:
         for link in self.links:
             link.join(max(0.0, ends - time.monotonic()))
         for link in self.links:
-            link.git.kill()
+            link.end()
         try:
             return sum(len(self.store.names(f"outbox/{outbox}")) for outbox in self.outboxes)
         except Fault:
             return 0
+
+
+def arrived(repository: Repository) -> tuple[Idea, ...]:
+    """What others have shared, from whatever remotes, as far as it has arrived so far."""
+    if not store_path(repository).exists():
+        return ()
+    store = Store(repository)
+    inboxes = sorted({name.partition("/")[0] for name in store.names("inbox")})
+    for inbox in inboxes:
+        store.open_inbox(inbox)
+    return store.ideas(inboxes)

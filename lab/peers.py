@@ -112,7 +112,7 @@ def read(name: str, files: dict[str, bytes]) -> Idea:
     told = parse(files["result.json"].decode())  # a UnicodeDecodeError is a ValueError
     values = {field: checked(field, told[field]) for field in FIELDS}
     idea = Idea(*name.split("/"), files["train.py"].decode(), files["base.py"].decode(), **values)
-    scored = all(score is None or 0 < score < 1000 for score in (idea.val_bpb, idea.base_bpb, idea.sigma))
+    scored = all(score is None or 1e-9 < score < 1000 for score in (idea.val_bpb, idea.base_bpb, idea.sigma))
     counted = 0 <= idea.runs <= 1000 and 0 <= idea.base_runs <= 1000
     if not scored or not counted or not idea.budget > 0 or idea.status not in STATUSES:
         raise ValueError("a value outside of its range")

@@ -12,6 +12,7 @@ from rich.text import Text
 from exam.files import ROOT
 from lab.book import title
 from lab.findings import Findings, cost, find, loss_at, pace, pace_of_devices, read_curve, time_spent, trials
+from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers
 from prepare import Trouble, one_line
@@ -46,6 +47,8 @@ def to_json(tag: Tag, found: Findings) -> str:
     held = trials(tag)
     told |= {"cost": cost(tag), "seconds": time_spent(held)}
     told["transfers"] = [dataclasses.asdict(each) for each in transfers(tag)]
+    told |= {"peers": [dataclasses.asdict(each) for each in peers(tag)]}
+    told |= {"heard": [dataclasses.asdict(each) for each in heard(tag)]}
     told |= {"slots": [dataclasses.asdict(each) for each in pace(held)]}
     told |= {"devices": [dataclasses.asdict(each) for each in pace_of_devices(held)]}
     return json.dumps(json.loads(json.dumps(told), parse_constant=lambda name: None), indent=1)
@@ -101,6 +104,9 @@ def tell(tag: Tag, console: Console):
         table(*transfer_rows(ideas))
         for text in summary(tag, ideas):
             line(text)
+    table(("held", "tried", "here, of the ideas of"), *((f"{p.held}", f"{p.tried}", p.who) for p in peers(tag)))
+    rows = [(h.commit, f"{h.kept}", f"{h.tried}", h.description) for h in heard(tag)]
+    table(("commit", "kept", "tried", "on so many other machines, by their own word"), *rows)
     held = trials(tag)
     table(*paces(held, found.experiments))
     line()
@@ -130,7 +136,8 @@ def transfer_rows(ideas):
     yield "commit", "gain there", "gain here", "", "from elsewhere"
     for i in ideas:
         there, here = gain(i.gain_there, i.sigmas_there), gain(i.gain_here, i.sigmas_here)
-        yield i.commit, there, here, i.word, i.description
+        who = f"{i.origin.partition('/')[0]}: " if "/" in i.origin else ""
+        yield i.commit, there, here, i.word, who + i.description
 
 
 def paces(held, experiments):

@@ -49,6 +49,7 @@ class Brief:
     tried: frozenset[str] = frozenset()  # digest() of every train.py that was tried
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: train.py} of the last kept ones
     hypotheses: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: why it should help}
+    origins: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)  # {commit: Draft.origin}
     failures: tuple[Failure, ...] = ()  # the last ones
     ideas: tuple[str, ...] = ()  # found elsewhere, and not to be had as edits of the best train.py; a line each
 
@@ -84,6 +85,11 @@ class Draft:
         if parts and parts[-1].startswith("Researcher: "):
             origin = dict(line.partition(": ")[::2] for line in parts.pop().splitlines())
         return cls("", one_line(subject, 200), "\n\n".join(parts) if origin else "", origin)
+
+
+def evidence(gain: float, sigmas: float | None) -> dict[str, str]:
+    """A gain elsewhere, in bits per byte and in standard errors, as trailers of a commit."""
+    return {"Gain": f"{gain:.6f}"} | ({} if sigmas is None else {"Sigmas": f"{sigmas:.2f}"})
 
 
 class Researcher:

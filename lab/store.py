@@ -41,12 +41,16 @@ FAILURES = 2  # until what cannot be fetched is given up
 WHO = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
+def store_path(repository: Repository) -> Path:
+    """Where the store of a repository is, or will be."""
+    return Path(repository.repo.common_dir).resolve() / "autoresearch-shared.git"
+
+
 class Store:
     """The store of a repository, made where there is none. Several loops may use it at the same time."""
 
     def __init__(self, repository: Repository):
-        common = Path(repository.repo.common_dir).resolve()
-        self.path = common / "autoresearch-shared.git"
+        self.path = store_path(repository)
         self.git = Git(environment_of(repository, self.path))
         self.lock = threading.Lock()
         self.inboxes: dict[str, dict[str, Idea]] = {}

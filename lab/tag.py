@@ -243,7 +243,7 @@ class Tag:
         sigma, names = noise(self.experiments)[0], ("device", "steps", "tokens", "params", "training_seconds")
         result = self.result(commit, 0) if kept else None
         known = {name: getattr(result, name) for name in (*names, "peak_vram_mb", "peak_rss_mb")} if result else {}
-        messages = self.repository.messages(self.name)
+        drafts = self.drafts()
         return Brief(
             tag=self.name,
             task=self.task,
@@ -254,7 +254,8 @@ class Tag:
             facts=", ".join(f"{name} {value}" for name, value in known.items() if value),
             tried=self.tried(),
             sources={e.commit: self.source(e.commit).decode(errors="replace") for e in kept},
-            hypotheses={commit: Draft.from_message(message).hypothesis for commit, message in messages.items()},
+            hypotheses={c: draft.hypothesis for c, draft in drafts.items()},
+            origins={c: draft.origin for c, draft in drafts.items()},
             failures=tuple(self.failure(e.commit) for e in [e for e in self.experiments if e.status == "crash"][-3:]),
         )
 
@@ -276,6 +277,10 @@ class Tag:
             return None
         commit = self.repository.remember(self.name, head)
         return commit, self._draft(commit)
+
+    def drafts(self) -> dict[str, Draft]:
+        """{short hash: the draft that it was made from, without its source} of all candidates."""
+        return {c: Draft.from_message(message) for c, message in self.repository.messages(self.name).items()}
 
     def _draft(self, commit):
         """The draft that a candidate was made from, as its commit tells it."""

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from lab.book import Experiment
-from lab.researcher import Draft
+from lab.researcher import Draft, evidence
 from lab.tag import Tag
 from lab.verdict import advantage, rank_correlation, transfer
 from prepare import Trouble
@@ -23,32 +23,26 @@ def kept_changes(source: Tag) -> list[Draft]:
     kept = [e for e in source.experiments if e.status == "keep"][1:]
     if not kept:
         raise Trouble(f"tag {source.name} has kept nothing, so there is nothing to replay; report --tag {source.name}")
-    messages, drafts = source.repository.messages(source.name), []
+    told, drafts = source.drafts(), []
     for experiment in kept:
-        if experiment.commit not in messages:
+        if experiment.commit not in told:
             raise Trouble(
                 f"{experiment.commit} of tag {source.name} is gone: refs/autoresearch/{source.name}/ lacks it"
             )
-        told = Draft.from_message(messages[experiment.commit])
         origin = {"Researcher": "replay", "From": f"{source.name} {experiment.commit}"}
         if (base := source.base(experiment.commit)) and (gained := advantage(experiment, base, source.experiments)):
             origin |= evidence(*gained)
         text = source.repository.source(f"refs/autoresearch/{source.name}/{experiment.commit}^").decode(
             errors="replace"
         )
-        drafts.append(Draft(source.text(experiment.commit), experiment.description, told.hypothesis, origin, text))
+        why = told[experiment.commit].hypothesis
+        drafts.append(Draft(source.text(experiment.commit), experiment.description, why, origin, text))
     return drafts
-
-
-def evidence(gain: float, sigmas: float | None) -> dict[str, str]:
-    """A gain elsewhere as trailers of a commit, which transfers() reads."""
-    return {"Gain": f"{gain:.6f}"} | ({} if sigmas is None else {"Sigmas": f"{sigmas:.2f}"})
 
 
 def replayed(tag: Tag) -> set[str]:
     """Of what was found elsewhere, what this tag has made candidates of, as their trailer From names it."""
-    messages = tag.repository.messages(tag.name).values()
-    return {origin["From"] for message in messages if "From" in (origin := Draft.from_message(message).origin)}
+    return {draft.origin["From"] for draft in tag.drafts().values() if "From" in draft.origin}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,9 +65,9 @@ class Transfer:
 
 def transfers(tag: Tag) -> list[Transfer]:
     """Of each experiment of a tag that was found elsewhere, in the order of the book."""
-    messages, rows = tag.repository.messages(tag.name), []
+    drafts, rows = tag.drafts(), []
     for experiment in tag.experiments:
-        origin = Draft.from_message(messages.get(experiment.commit, "-")).origin
+        origin = drafts[experiment.commit].origin if experiment.commit in drafts else {}
         if origin.get("Researcher") in ("replay", "others"):
             rows.append(_row(tag, experiment, origin))
     return rows
@@ -99,7 +93,10 @@ def _number(text):
 def summary(tag: Tag, rows: list[Transfer]) -> list[str]:
     """Lines on how many ideas hold, whether what gained more there gains more here, and what all bring together."""
     words = [(word, sum(row.word == word for row in rows)) for word in dict.fromkeys(row.word for row in rows)]
-    lines = [f"{len(rows)} ideas from elsewhere: " + ", ".join(f"{word} {count}" for word, count in words)]
+    lines = [
+        f"{len(rows)} idea{'s' * (len(rows) != 1)} from elsewhere: "
+        + ", ".join(f"{word} {count}" for word, count in words)
+    ]
     pairs = [(r.gain_there, r.gain_here) for r in rows if None not in (r.gain_there, r.gain_here)]
     if (correlation := rank_correlation(pairs)) is not None:
         lines[0] += f"; rank correlation of the gains {correlation:+.2f}"

@@ -108,7 +108,7 @@ def next_claim(claims, trials, since, secret="") -> Claim | None:
             due, most = ([], rank) if rank > most else (due, most)
             if rank == most:
                 due.append(first)
-    return min(due, key=lambda claim: (_draw(secret, claim.who), _draw(secret, claim.key)), default=None)
+    return min(due, key=lambda claim: (draw(secret, claim.who), draw(secret, claim.key)), default=None)
 
 
 def _heard(claims, record):
@@ -125,6 +125,6 @@ def _heard(claims, record):
     return first, 1 - wrong
 
 
-def _draw(secret, text):
-    """A number for a text that nobody foresees who does not know the secret."""
+def draw(secret, text):
+    """A rank for a text that nobody foresees who does not know the secret."""
     return hashlib.sha256(f"{secret}\n{text}".encode(errors="replace")).digest()

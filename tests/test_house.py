@@ -16,8 +16,8 @@ ORDER = """
 EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
-    book verdict trust repository researcher peers plumbing store exchange prompt answer api model replay slots tag
-    drafts transfer launch measure findings report view news
+    book verdict trust repository researcher peers plumbing store exchange prompt answer api model elsewhere slots tag
+    drafts transfer sharing launch measure findings report view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
 # What may be known of whom, where more is above.
@@ -25,7 +25,7 @@ WALLS = {
     "lab.verdict": {"lab.book"},
     "lab.trust": set(),
     "lab.model": {"lab.book", "lab.researcher", "lab.prompt", "lab.answer", "lab.api"},
-    "lab.replay": {"lab.researcher"},
+    "lab.elsewhere": {"lab.book", "lab.trust", "lab.researcher", "lab.peers", "lab.exchange", "lab.answer"},
     "lab.news": {"lab.researcher"},
     "lab.peers": {"lab.book"},
     "lab.plumbing": {"lab.repository"},
