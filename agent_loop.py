@@ -228,8 +228,7 @@ def parse_arguments():
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
     )
     add = parser.add_argument
-    commands = "report: tell what a tag has found, draw progress.png; share: give it to --share, once"
-    add("command", nargs="?", choices=("report", "share"), help=commands)
+    add("command", nargs="?", choices=("report", "share"), help="what a tag has found: tell it, or give it to others")
     add("--json", action="store_true", help="with report: one JSON object, and nothing else")
     add("--diff", action="store_true", help="with report: train.py's change, baseline to best")
     add("--demo", action="store_true", help="a baseline and five quick experiments; needs nothing")
@@ -238,9 +237,9 @@ def parse_arguments():
     add("--budget", type=float, metavar="SECONDS", help="of training in a run, not the task's own")
     add("--researcher", metavar="R", choices=("llm", "search"), help="llm (a language model, default) or search")
     add("--replay", metavar="TAG", help="first try here what another tag has kept, in its order")
-    remotes = "git remote (name, path, URL) to give experiments to, and take others' from"
-    add("--share", metavar="REMOTE", action="append", default=[], help=remotes)
-    add("--peer", metavar="REMOTE", action="append", default=[], help="one only to take from")
+    remotes = {"metavar": "REMOTE", "action": "append", "default": []}
+    add("--share", **remotes, help="give experiments to a git remote, take others' ideas")
+    add("--peer", **remotes, help="only take others' ideas, from a name, path or URL")
     add("--model", metavar="M", default=MODEL, help=f"that llm asks (default: {MODEL})")
     add("--fallback-model", metavar="M", help=f"if M fails (default: {FALLBACK})")
     efforts = ("low", "medium", "high", "xhigh", "max")

@@ -193,7 +193,8 @@ def test_a_night_of_twenty_experiments_goes_through_every_fault_and_costs_what_t
     assert said["cost"]["usd"] == pytest.approx(charged(server), abs=1e-6)
     message = run("git", "log", "-1", "--format=%B", rows[1][0], cwd=stage).stdout
     assert re.fullmatch(
-        r"idea 0 \[2J\n\nIt should help.\n\nResearcher: llm\nModel: claude-opus-5-5\nProgram: \w{12}\n*", message
+        r"idea 0 \[2J\n\nIt should help.\n\nResearcher: llm\nModel: claude-opus-5-5\nProgram: \w{12}\nEdit: \w{64}\n*",
+        message,
     )
 
 
