@@ -46,6 +46,7 @@ FROZEN = (
     "exam/files.py",  # for the folder that is hidden from a candidate
     "exam/fingerprints.py",
     "exam/tokenizer.py",  # for the bytes of a token
+    "exam/load.py",  # for the share of others by which disturbed runs are told
     "exam/speed.py",  # for the rate by which runs on a slow machine are told
     "exam/syscalls.py",
     "exam/sandbox.py",

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from exam import limits, processes
+from exam.load import Load
 from exam.sandbox import CANDIDATE_GOES
 from prepare import Pause, one_line
 
@@ -109,6 +110,7 @@ class Watch:
         self.deadline, self.next_look = self.started + task.startup_limit, self.started
         self.outcome = self.reason = None
         self.report, self.peak, self.cpu_at_begin, self.logged = {}, 0, 0.0, 0
+        self.load = self.others = None
         disk = os.statvfs(out)
         self.free_at_start = disk.f_bavail * disk.f_frsize
         self.shared_at_start = getattr(psutil.virtual_memory(), "shared", 0)  # which macOS does not tell
@@ -143,6 +145,8 @@ class Watch:
                 self.ended = time.monotonic()
                 processes.end_processes(keep=self.examiner)
                 self.child.wait()
+                if self.load:
+                    self.others = self.load.others(processes.cpu_reaped() - self.cpu_at_begin)
                 while self.copy_output():
                     pass
 
@@ -182,6 +186,7 @@ class Watch:
     def start_clock(self, rows):
         """Hand over the training rows; the clock is read before anything that a candidate could delay."""
         self.cpu_at_begin = processes.cpu_reaped() + processes.cpu_seconds(processes.descendants(self.examiner))
+        self.load = Load()
         self.begun = time.monotonic()
         self.deadline = self.begun + self.task.time_budget + self.task.grace
         try:
@@ -267,6 +272,7 @@ class Watch:
             "startup_seconds": round((self.begun or self.ended) - self.started, 3),
             "training_seconds": round(training, 3),
             "cpu_seconds": round(cpu, 3),
+            "others": self.others,
             "peak_rss_mb": round(self.peak / 2**20, 1),
             **numbers({key: self.report.get(key) for key in ("steps", "tokens", "params", "peak_vram_mb")}),
         }

@@ -18,6 +18,8 @@ class Run:
     val_bpb: float
     speed: float | None  # matrix-multiply rate of the machine right after it, FLOP/s; None where not known
     device: str = ""  # its name; "" where not known
+    steps: float | None = None  # of training, by its own word
+    others: float | None = None  # share of the CPU that others had during training; None where not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Experiment:
 
     def after(self, result):
         """The experiment with one more finished run, a Result."""
-        run = Run(result.val_bpb, result.matmul_flops, result.device or "")
+        run = Run(result.val_bpb, result.matmul_flops, result.device or "", result.steps, result.others)
         memory = max(self.memory_gb, result.memory_gb)
         return dataclasses.replace(self, memory_gb=memory, runs=(*self.runs, run))
 

@@ -161,6 +161,12 @@ def time_spent(held: list[Held]) -> dict[str, float]:
     return {phase: round(seconds, 1) for phase, seconds in spent.items()}
 
 
+def quiet(held: list[Held]) -> tuple[float, float] | None:
+    """(median, maximum) of the shares of the CPU that others had in the trials that count; None where not known."""
+    shares = [each.result.others for each in held if each.result.others is not None]
+    return (statistics.median(shares), max(shares)) if shares else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Pace:
     """What a slot, or a kind of device, has done."""

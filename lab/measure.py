@@ -34,6 +34,7 @@ class Measure:
         self.running: dict[Slot, Running] = {}
         self.faults = collections.Counter()  # {(commit, run): trials in a row in which the machine was at fault}
         self.slow_pauses = collections.Counter()  # {slot: pauses in a row for slowness}
+        self.rounds = 0  # of the baseline's runs, which did not agree
         self.settled: dict[str, float] = {}  # {device: rate at which the best has shown to run again}
         self.best_runs = asyncio.Lock()  # of those that run the best again, which may spare the next one that
         self.beginning = asyncio.Lock()  # held for as long as a trial has this machine to itself
@@ -82,9 +83,32 @@ class Measure:
                     raise Trouble(f"{reason}; mend train.py or the machine, start again")
                 experiment = experiment.after(result)
             held = runs.stop
+            if held >= wanted and self._disagree(start, experiment.runs):
+                experiment, held = dataclasses.replace(experiment, runs=()), 0
+                continue
             ruling = verdict.judge_baseline(experiment, self.greedy)
             if held >= wanted and not self.tag.result(start, held) and ruling.decision != "again":
                 return _finished(experiment, ruling)
+
+    def _disagree(self, start, runs) -> bool:
+        """Whether runs of the baseline are to be held again, since equal code made far fewer steps in them.
+
+        Raises Pause, after some tries, for the machine to become quiet; after some of these they are taken as they are.
+        """
+        odd = verdict.out_of_step(runs)
+        if not odd:
+            return False
+        said = f"the baseline made {', '.join(f'{run.steps or 0:.0f}' for run in runs)} steps, with equal code"
+        if self.rounds >= SLOW_TRIES * SLOW_PAUSES:
+            self.say(f"{said}: no quiet moment was found, and only large gains will be told from noise", "red")
+            return False
+        self.rounds += 1
+        for run in odd:
+            (self.tag.path(start, run) / "result.json").unlink()
+        if self.rounds % SLOW_TRIES == 0:
+            raise Pause(f"{said}; end what else uses the machine")
+        self.say(f"{said}: others disturb it; running again what fell behind", "yellow")
+        return True
 
     def _judge(self, experiment, compared):
         best = self.tag.best
@@ -127,20 +151,23 @@ class Measure:
         """The result of `commit` with seed `run`, which an earlier start may have left.
 
         Raises Pause where the machine, and not the candidate, is at fault. A trial that failed on a slow machine counts
-        for nothing: its run is held again, after some tries in a row at another time.
+        for nothing, and neither does one that others have disturbed: it is held again, after some tries in a row at
+        another time.
         """
         for _ in range(SLOW_TRIES):
             result = self.tag.result(commit, run) or await self._hold(commit, run, description, slot)
-            slow = self._slowness(commit, result)
-            if not slow:
+            fault = self._slowness(commit, result) or self._disturbance(commit, result)
+            if not fault:
                 self.slow_pauses[slot] = 0
                 return result
-            if self.slow_pauses[slot] >= SLOW_PAUSES and not self.tag.experiments:
-                return result  # a baseline that no wait has helped: the machine may never have had the rate it is given
-            self.say(f"{slow}; run {run + 1} of {commit} does not count ({one_line(result.reason, 200)})", "yellow")
+            # No wait has helped: the machine may never be quieter, or never have had the rate that it is given.
+            if self.slow_pauses[slot] >= SLOW_PAUSES and (result.outcome == "ok" or not self.tag.experiments):
+                return result
+            ended = f" ({one_line(result.reason, 200)})" * (result.outcome != "ok")
+            self.say(f"{fault}; run {run + 1} of {commit} does not count{ended}", "yellow")
             (self.tag.path(commit, run) / "result.json").unlink()
         self.slow_pauses[slot] += 1
-        raise Pause(f"{slow}; end what else uses it ({commit} failed: {one_line(result.reason, 200)})")
+        raise Pause(f"{fault}; end what else uses it{ended}")
 
     async def _hold(self, commit, run, description, slot):
         """Hold one trial and return its result. Raises Pause where the machine could not hold it."""
@@ -241,14 +268,33 @@ class Measure:
 
     def _slowness(self, commit, result):
         """How slow the machine was, in words, where that may be why a trial of `commit` failed; else None."""
-        late = result.outcome == "invalid" and result.eval_seconds >= self.tag.task.exam_limit
         speed = result.matmul_flops
-        if not speed or not (late or result.outcome in ("timeout", "crash")):
+        if not speed or not (self._late(result) or result.outcome in ("timeout", "crash")):
             return None
         usual = self._usual_speed(commit, result.device or "")
         if verdict.same_speed(speed, usual) or speed > usual:
             return None
         return f"the machine multiplies matrices at {speed / 1e12:.3g} TFLOP/s, and had {usual / 1e12:.3g}"
+
+    def _disturbance(self, commit, result):
+        """What others did to a trial of `commit` that went well or lacked time, in words; else None."""
+        late = result.outcome == "timeout" or self._late(result)
+        if result.outcome != "ok" and not late:
+            return None
+        best, measured = self.tag.best, Experiment(commit, 0.0, 0.0, "", "").after(result).runs[0]
+        if verdict.disturbed(measured, list(best.runs) if best else []):
+            return f"others had {result.others:.0%} of the CPU while {commit} trained"
+        if self._late(result) and not best:
+            return "the machine is too slow or too busy for the exam"
+        runs = [*best.runs, measured] if best and commit == best.commit else [measured]
+        if len(runs) - 1 in verdict.out_of_step(runs):
+            most = max(each.steps or 0 for each in best.runs)
+            return f"{commit} made {measured.steps:.0f} steps, and {most:.0f} before"
+        return None
+
+    def _late(self, result):
+        """Whether an exam took so long that it was broken off."""
+        return result.outcome == "invalid" and result.eval_seconds >= self.tag.task.exam_limit
 
 
 def _finished(experiment, ruling):

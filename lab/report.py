@@ -11,7 +11,7 @@ from rich.text import Text
 
 from exam.files import ROOT
 from lab.book import title
-from lab.findings import Findings, cost, find, loss_at, pace, pace_of_devices, read_curve, time_spent, trials
+from lab.findings import Findings, cost, find, loss_at, pace, pace_of_devices, quiet, read_curve, time_spent, trials
 from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers
@@ -45,6 +45,7 @@ def to_json(tag: Tag, found: Findings) -> str:
     told |= {status: found.count(status) for status in ("keep", "discard", "crash")}
     told["failures"] = [{"commit": e.commit, "description": e.description, "reason": why} for e, why in failures(tag)]
     held = trials(tag)
+    told["others"] = quiet(held)
     told |= {"cost": cost(tag), "seconds": time_spent(held)}
     told["transfers"] = [dataclasses.asdict(each) for each in transfers(tag)]
     told |= {"peers": [dataclasses.asdict(each) for each in peers(tag)]}
@@ -160,6 +161,8 @@ def expenses(tag, held):
     if whole := sum(seconds.values()):
         parts = ", ".join(f"{phase} {share / whole:.0%}" for phase, share in seconds.items())
         yield f"time: {whole / 3600:.1f} h: {parts}"
+    if others := quiet(held):
+        yield f"others had {others[0]:.0%} of the CPU in the median trial, and at most {others[1]:.0%}"
     if requests := paid.pop("requests"):
         usd = paid.pop("usd")
         tokens = ", ".join(f"{number:,} {key.replace('_', ' ')}" for key, number in paid.items())

@@ -13,6 +13,8 @@ from lab.book import Experiment, Run
 BASELINE_RUNS = 3  # they give the first estimate of the noise
 MAX_RUNS = 3  # of one candidate
 KEEP_AT, DISCARD_AT = 0.90, 0.80  # probability that the candidate is better; chosen by tests/nights.py
+MOST_OTHERS = 0.1  # share of the CPU that others may have in a run, over what they had in those of the best
+SAME_PACE = 0.85  # runs of equal code agree if the shortest has this share of the steps of the longest
 SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,6 +34,17 @@ def same_device(a: Run, b: Run):
 def same_class(a: Run, b: Run):
     """Whether the scores of two runs compare."""
     return same_device(a, b) and same_speed(a.speed, b.speed)
+
+
+def disturbed(run: Run, usual: list[Run]) -> bool:
+    """Whether others had clearly more of the machine in a run than in the usual ones."""
+    return (run.others or 0.0) > MOST_OTHERS + max([each.others or 0.0 for each in usual], default=0.0)
+
+
+def out_of_step(runs: list[Run]) -> set[int]:
+    """Places of those runs of equal code that made far fewer steps than another on such a device."""
+    most = {a.device: max(b.steps or 0.0 for b in runs if same_device(a, b)) for a in runs}
+    return {place for place, run in enumerate(runs) if run.steps and run.steps < SAME_PACE * most[run.device]}
 
 
 def scores_like(experiment: Experiment, run: Run) -> list[float]:

@@ -198,7 +198,8 @@ def repository(tmp_path):
 
 
 # What the exam board says without holding an exam or looking at the machine: train.py prints its score. A file `speeds`
-# beside prepare.py gives the speed of the machine for each trial in turn, and how it ends if not well (see END).
+# beside prepare.py gives the speed of the machine for each trial in turn, and how it ends if not well (see END),
+# after @ the share of the CPU that others had, after / the steps that were made.
 PLAYED_TRIAL = """
 
 import signal
@@ -212,7 +213,7 @@ END = {
 
 
 def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None, shares=1):
-    speeds, speed, end = ROOT / "speeds", None, ""
+    speeds, speed, end, others, steps = ROOT / "speeds", None, "", "", ""
     if speeds.exists():
         now, *later = speeds.read_text().split()
         speeds.write_text(" ".join(later or [now]))
@@ -220,6 +221,8 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
             raise Pause("the GPU is lost")
         if now == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        now, _, steps = now.partition("/")
+        now, _, others = now.partition("@")
         speed, _, end = now.partition(":")
     source = Path(train_py).read_bytes()
     environment = os.environ | {"SEED": str(seed), "SECONDS": str(task.time_budget)}
@@ -228,7 +231,8 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     (out / "metrics.jsonl").write_text('{"seconds": 0.1, "step": 1, "loss": 5.0}\\n')
     (out / "model.safetensors").write_bytes(source)
     (out / "compiled").mkdir(exist_ok=True)
-    result = Result("ok", training_seconds=task.time_budget, peak_rss_mb=100.0, steps=9)
+    result = Result("ok", training_seconds=task.time_budget, peak_rss_mb=100.0, steps=float(steps or 9))
+    result.others = float(others) if others else None
     if ended.returncode:
         reason = (ended.stderr.strip().splitlines() or ["killed"])[-1]
         result.outcome, result.reason = "invalid" if "Refused" in reason else "crash", reason

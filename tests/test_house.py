@@ -10,7 +10,7 @@ from exam.fingerprints import FROZEN
 
 # Top to bottom: a file imports only from above itself.
 ORDER = """
-    limits files signals fingerprints text tokenizer rows speed processes machine syscalls sandbox result
+    limits files signals fingerprints text tokenizer rows speed load processes machine syscalls sandbox result
     reader examiner compiled watch trial check desk
 """.split()
 EXAM = [f"exam.{name}" for name in ORDER]

@@ -380,6 +380,49 @@ def test_a_baseline_that_fails_on_a_machine_that_stays_slow_ends_the_loop_after_
     assert ended.stdout.count("paused: ") == 2 and not rows and held == " ".join(["?0"] * 7)
 
 
+def test_a_baseline_is_none_until_its_runs_agree(stage):
+    """Equal code tells how quiet the machine was, whatever the probe after the run says."""
+    ended, rows, held = play(stage, "9/7 9/178 9/112 9/170 9/90 9/175 9/172", "--max-experiments", "1")
+    assert ended.returncode == 0 and held == "B0 B1 B2 B0 B2 B2 C0", ended.stdout + ended.stderr
+    assert "made 7, 178, 112 steps, with equal code: others disturb it" in ended.stdout
+
+
+def test_a_baseline_whose_runs_never_agree_is_waited_for_and_then_taken_with_a_loud_word(stage):
+    ended, rows, held = play(stage, "9/99 9/98 9/9", "--max-experiments", "0")
+    assert ended.returncode == 0 and held == "B0 B1 B2" + " B2" * 6, ended.stdout + ended.stderr
+    assert ended.stdout.count("paused: the baseline made 99, 98, 9 steps") == 2
+    assert "99, 98, 9 steps, with equal code: no quiet moment was found" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "speeds, trials",
+    [
+        ("9 9 9 9@0.4 9@0.05", "B0 B1 B2 C0 C0"),
+        ("9@0.2 9 9@0.01 9 9@0.05", "B0 B0 B1 B2 C0"),
+        ("9 9 9 9:timeout@0.4 9", "B0 B1 B2 C0 C0"),  # it lacked time, and so would any other
+        ("9 9 9 5 5@0.5 5 5/3 5", "B0 B1 B2 C0 C1 C1 B3 B3"),  # and a run of the best once more
+    ],
+)
+def test_a_run_that_others_have_disturbed_does_not_count_and_is_held_again(speeds, trials, stage):
+    ended, rows, held = play(stage, speeds, "--max-experiments", "1")
+    assert ended.returncode == 0 and held == trials, ended.stdout + ended.stderr
+    assert "does not count" in ended.stdout and "of the CPU while" in ended.stdout
+    assert rows[1][3] in ("keep", "discard")
+
+
+def test_a_machine_that_is_always_shared_is_taken_as_it_is_after_some_waiting(stage):
+    """What its best runs had to bear is no disturbance in those that are compared with them."""
+    ended, rows, held = play(stage, "9@0.4", "--max-experiments", "2")
+    assert ended.returncode == 0 and ended.stdout.count("paused: others had 40% of the CPU") == 2, ended.stdout
+    assert held == "B0" + " B0" * 6 + " B1 B2 B3 C0 D0"
+
+
+def test_a_loaded_machine_at_the_start_is_waited_for(stage):
+    ended, rows, held = play(stage, "9e15:exam 9e15:exam 9e15:exam 9e15:exam 9e15", "--max-experiments", "0")
+    assert ended.returncode == 0 and held == "B0 B0 B0 B0 B0 B1 B2", ended.stdout + ended.stderr
+    assert ended.stdout.count("paused: the machine is too slow or too busy for the exam") == 1
+
+
 def test_a_machine_that_stays_slow_is_taken_as_it_is_once_the_best_has_run_on_it(stage):
     """Else a candidate that fails by itself would keep the loop waiting for ever."""
     ended, rows, held = play(stage, "9e15 9e15 9e15" + " 5e15:crash" * 6 + " 5e15 5e15:crash", "--max-experiments", "2")

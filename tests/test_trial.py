@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, TINY, USERS
 
 import prepare
-from exam import limits, sandbox, watch
+from exam import limits, load, sandbox, watch
 from exam.fingerprints import FROZEN
 from exam.processes import kill_group
 from exam.result import Result
@@ -53,6 +53,27 @@ def test_an_honest_candidate_is_scored_and_its_evidence_written(hold, tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert set(os.listdir(tmp_path / "out")) == {"result.json", "log.txt", "metrics.jsonl", "model.safetensors"}
     assert set(result.sha256) == {"train.py", "tokenizer", "val", *FROZEN}
+
+
+def test_what_others_have_of_the_cpu_during_the_training_stands_in_the_record(hold):
+    burn = [sys.executable, "-c", "while True: pass"]
+    neighbours = [subprocess.Popen(burn) for _ in os.sched_getaffinity(0)][:4]
+    try:
+        result = hold()
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+    assert result.outcome == "ok" and 0.2 < result.others <= 1, result
+
+
+def test_the_candidates_own_time_is_not_others(monkeypatch):
+    cores = [{0: 5.0, 3: 7.0}, {0: 7.0, 3: 8.0}, {0: 7.0, 3: 8.0}]
+    monkeypatch.setattr(load, "busy_seconds", lambda: cores.pop(0))
+    measured = load.Load()
+    measured.began -= 4.0  # of two cores: 8 s, of which 3 were busy
+    assert measured.others(spent=1.0) == pytest.approx(0.25, abs=0.02)
+    assert measured.others(spent=4.0) == 0.0
 
 
 def test_the_candidate_is_given_the_seed_of_the_trial(hold, tmp_path):
