@@ -13,7 +13,7 @@ from lab.book import Experiment, Run
 BASELINE_RUNS = 3  # they give the first estimate of the noise
 MAX_RUNS = 3  # of one candidate
 KEEP_AT, DISCARD_AT = 0.90, 0.80  # probability that the candidate is better; chosen by tests/nights.py
-MOST_OTHERS = 0.1  # share of the CPU that others may have in a run, over what they had in those of the best
+MOST_OTHERS = 0.15  # share of the CPU that others may have in a run on it, over what they had in those of the best
 SAME_PACE = 0.85  # runs of equal code agree if the shortest has this share of the steps of the longest
 SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
 
@@ -37,8 +37,9 @@ def same_class(a: Run, b: Run):
 
 
 def disturbed(run: Run, usual: list[Run]) -> bool:
-    """Whether others had clearly more of the machine in a run than in the usual ones."""
-    return (run.others or 0.0) > MOST_OTHERS + max([each.others or 0.0 for each in usual], default=0.0)
+    """Whether others had clearly more of the CPU in a run than in the usual ones; on a GPU that counts for nothing."""
+    on_cpu = not run.device or run.device.startswith("CPU")
+    return on_cpu and (run.others or 0.0) > MOST_OTHERS + max([each.others or 0.0 for each in usual], default=0.0)
 
 
 def out_of_step(runs: list[Run]) -> set[int]:
