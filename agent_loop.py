@@ -68,6 +68,7 @@ class Loop:
     def __init__(self, tag: Tag, researcher: Researcher, measure: Measure, news: News, slots: tuple[Slot, ...]):
         self.tag, self.researcher, self.measure, self.news, self.say = tag, researcher, measure, news, tag.say
         self.slots, self.drafts = slots, Drafts(tag, researcher, tag.say)
+        self.drafts.left = self.left
         self.most: int | None = None  # experiments of the tag besides its baseline
         self.ends = math.inf  # time.monotonic() from which no experiment is to begin
         self.shared: Sharing | None = None
@@ -124,6 +125,12 @@ class Loop:
         if self.most is not None and len(self.tag.experiments) + running > self.most:
             return f"tag {self.tag.name} holds its {self.most} experiments"
         return "the hours are over" if time.monotonic() > self.ends else None
+
+    def left(self) -> str:
+        """What the owner's limits still allow, in words; "" where there are none."""
+        hours = [f"{max(0.0, self.ends - time.monotonic()) / 3600:.1f} hours"] if self.ends < math.inf else []
+        count = [] if self.most is None else [f"{self.most - max(0, len(self.tag.experiments) - 1)} experiments"]
+        return " and ".join([*count, *hours])
 
     async def experiment(self, slot: Slot) -> bool:
         """Hold one experiment, from the draft to the row; false, after a moment, where none can begin."""

@@ -3,6 +3,7 @@
 No import runs back up this list, and none leads from here to agent_loop.py:
 
   book        Experiment, results.tsv
+  curve       loss curves
   verdict     noise, which runs compare, better or not, run again or not: pure functions
   trust       which idea of others is tried next, and when: pure functions
   repository  git
@@ -18,6 +19,7 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   elsewhere   researchers that propose what another tag, or another machine, has kept
   slots       the places that hold one trial each
   tag         one tag: branch, candidates, evidence, best, record, settle
+  brief       what a researcher is told of a tag
   drafts      drafts on their way to a trial
   transfer    what was found elsewhere: as drafts, and how it has held here
   sharing     what this machine shares: rows of a tag as ideas

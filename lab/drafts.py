@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lab.answer import carried_over, objection
 from lab.book import Experiment, title
+from lab.brief import make_brief
 from lab.peers import edit_key
 from lab.researcher import Draft, Researcher, Say
 from lab.slots import POLL
@@ -21,6 +22,7 @@ class Drafts:
 
     def __init__(self, tag: Tag, researcher: Researcher, say: Say):
         self.tag, self.researcher, self.say = tag, researcher, say
+        self.left: Callable[[], str] = str  # what the limits still allow, in words
         self.taken: dict[str, str] = {}  # {commit: description} of the candidates that a slot is at
         self.asking = 0  # slots that wait for a draft
         self.candidates: dict[str, Draft] = {}  # {commit: draft} of those without a row: their researcher has memories
@@ -41,7 +43,8 @@ class Drafts:
 
     def brief(self):
         """What a researcher is told at this moment."""
-        return self.tag.brief(tuple(f"{commit} {description}" for commit, description in self.taken.items()))
+        running = tuple(f"{commit} {description}" for commit, description in self.taken.items())
+        return make_brief(self.tag, running, self.left())
 
     def think_ahead(self, slots: int, left: float):
         """Have the next drafts written while trials run in so many slots, `left` at most."""

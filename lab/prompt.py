@@ -4,10 +4,10 @@ Everything that others have written stands between marks that show it to be data
 """
 
 import contextlib
-import difflib
 import itertools
 import re
 import secrets
+import statistics
 
 import prepare
 from exam.files import ROOT
@@ -114,7 +114,7 @@ def interface():
 # What is new each time
 
 # Its room, in tokens of about three characters. Fifty experiments fill it, and a thousand take no more.
-ROWS_ROOM, DIFFS_ROOM, FAILURES_ROOM, FLIGHT_ROOM = 2500, 1000, 800, 3000
+ROWS_ROOM, CURVES_ROOM, FAILURES_ROOM, FLIGHT_ROOM = 3500, 400, 800, 3000
 STUCK_AFTER = 5  # discards in a row
 
 
@@ -127,18 +127,17 @@ def newest(texts, room):
 def history(brief: Brief) -> str:
     """The results so far as text of bounded length, and last what is new since the draft before."""
     parts = [rows(brief)]
-    gains = {e.commit: -(change or 0.0) for e, change in changes(brief.experiments)}
-    changed = [
-        f"# {new} {gains[new]:+.6f}\n{difference(brief.sources[old], brief.sources[new])}"
-        for old, new in itertools.pairwise(brief.sources)
-    ]
-    if told := newest(changed, DIFFS_ROOM):
-        parts.append("# What the last kept experiments changed\n" + quoted("\n".join(told), 4 * DIFFS_ROOM))
+    if brief.curves:
+        lines = "\n".join(f"{c} {' '.join(f'{loss:.3f}' for loss in losses)}" for c, losses in brief.curves.items())
+        about = "# Training loss at each tenth of the budget, in first runs, which all have seed 0"
+        parts.append(f"{about}\n{quoted(lines, 3 * CURVES_ROOM)}")
     if told := newest([failure_in_words(failure, 800) for failure in brief.failures], FAILURES_ROOM):
         parts.append("# The last failures\n" + "\n".join(told))
     if best := best_of(brief.experiments):
         facts = f" ({brief.facts})" * bool(brief.facts)
         parts.append(f"# Now\nThe best is {best.commit} with val_bpb {best.val_bpb:.6f}{facts}.")
+        if brief.said:
+            parts.append(f"It printed at its start:\n{quoted(brief.said, 300)}")
     if brief.running:
         result = "its result is" if len(brief.running) == 1 else "their results are"
         running = quoted("\n".join(brief.running), 3 * FLIGHT_ROOM)
@@ -151,6 +150,8 @@ def history(brief: Brief) -> str:
         parts.append(
             f"Found elsewhere, in another train.py or on other machines; what helped there may help here:\n{ideas}"
         )
+    if brief.left:
+        parts.append(f"What is left of this run: {brief.left}.")
     streak = len(list(itertools.takewhile(lambda e: e.status != "keep", reversed(brief.experiments))))
     if streak >= STUCK_AFTER:
         parts.append(
@@ -172,23 +173,38 @@ def place_among(number, writers):
         )
 
 
+NOISE = """Runs of equal code differ by chance: the standard deviation of one is {:.6f}. A candidate is kept when it is
+better with enough probability given that, after one to three runs.
+"""
+
+
 def rows(brief):
     """The results, a line each: with the hypotheses for the last ones, and the oldest left out where there are many."""
     short, full = [], []
     for e, change in changes(brief.experiments):
         gain, why = "-" if change is None else f"{-change:+.6f}", brief.hypotheses.get(e.commit)
-        short.append(f"{e.commit} {e.status} {e.val_bpb:.6f} {gain} {e.description}")
+        short.append(f"{e.commit} {e.status} {e.val_bpb:.6f} {gain}{of_runs(e)} {e.description}")
         full.append(short[-1] + (f"\n    why: {one_line(why, 1000)}" if why else ""))
     full = newest(full, ROWS_ROOM / 2)
     short = newest(short[: len(short) - len(full)], ROWS_ROOM / 2)
     left = brief.experiments[: len(brief.experiments) - len(short) - len(full)]
     counts = ", ".join(f"{sum(e.status == status for e in left)} {status}" for status in STATUSES)
     return (
-        "# Results, oldest first: commit, status, val_bpb, gain over its parent (positive is better), description\n"
-        + (f"The standard deviation of one run is {brief.sigma:.6f}.\n" if brief.sigma else "")
+        "# Results, oldest first: commit, status, val_bpb, gain over its parent (positive is better), steps and scores "
+        "of its runs, description\n"
+        + (NOISE.format(brief.sigma) if brief.sigma else "")
         + (f"{len(left)} older ones are left out: {counts}.\n" if left else "")
         + quoted("\n".join([*short, *full] or ["none yet"]), 4 * ROWS_ROOM)
     )
+
+
+def of_runs(experiment):
+    """Steps of an experiment's training and the scores of its runs, as they stand in its row."""
+    steps = [run.steps for run in experiment.runs if run.steps]
+    told = [f"{statistics.fmean(steps):.0f} steps"] if steps else []
+    if len(experiment.runs) > 1:
+        told.append(", ".join(f"{run.val_bpb:.4f}" for run in experiment.runs))
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def failure_in_words(failure: Failure, room: int) -> str:
@@ -196,10 +212,3 @@ def failure_in_words(failure: Failure, room: int) -> str:
     printed = failure.printed[-room:].strip()
     told = f"{failure.outcome}: {failure.reason}"[:room] + (f"\nWhat it printed last:\n{printed}" if printed else "")
     return f"{failure.commit} failed:\n{quoted(told, 2 * room + 100)}"
-
-
-def difference(old: str, new: str) -> str:
-    """A short unified diff of two sources, at most 60 lines of it."""
-    diff = list(difflib.unified_diff(old.splitlines(), new.splitlines(), n=1, lineterm=""))[2:]
-    diff = [line[:200] for line in diff]
-    return "\n".join(diff[:60] + [f"... {len(diff) - 60} more lines"] * (len(diff) > 60))

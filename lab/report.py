@@ -11,7 +11,8 @@ from rich.text import Text
 
 from exam.files import ROOT
 from lab.book import title
-from lab.findings import Findings, cost, find, loss_at, pace, pace_of_devices, quiet, read_curve, time_spent, trials
+from lab.curve import loss_at, read_curve
+from lab.findings import Findings, cost, find, pace, pace_of_devices, quiet, time_spent, trials
 from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers

@@ -45,7 +45,10 @@ class Brief:
     running: tuple[str, ...] = ()  # hash and description of each experiment that is running
     drafted: tuple[str, ...] = ()  # description of each draft that waits for its trial
     writer: tuple[int, int] = (1, 1)  # which one of how many that draft at this moment is told this
+    left: str = ""  # what the owner's limits still allow, in words
     facts: str = ""  # of the best's first run: device, steps, tokens, ...
+    said: str = ""  # the first line that it printed
+    curves: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # {commit: loss at tenths of it}
     tried: frozenset[str] = frozenset()  # digest() of every train.py that was tried
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: train.py} of the last kept ones
     hypotheses: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: why it should help}

@@ -15,8 +15,7 @@ from exam.fingerprints import FROZEN, changed_since, fingerprints, verify
 from exam.result import Result
 from lab.book import Experiment, add_row, best_of, read_book, title
 from lab.repository import Repository
-from lab.researcher import Brief, Draft, Failure, Say, digest
-from lab.verdict import noise
+from lab.researcher import Draft, Failure, Say, digest
 from prepare import Task, Trouble
 
 THROW_AWAY = """
@@ -235,29 +234,6 @@ class Tag:
         # What a power cut has left of the file of an unfinished one is written anew for its trial.
         self.digests |= {commit: known for commit, known in fresh.items() if commit in finished}
         return frozenset([*self.digests.values(), *fresh.values()])
-
-    def brief(self, running: tuple[str, ...] = ()) -> Brief:
-        """What a researcher is told at this moment; running: hash and description of each experiment under way."""
-        kept = [e for e in self.experiments if e.status == "keep"][-20:]
-        commit = kept[-1].commit if kept else self.settings["start"]
-        sigma, names = noise(self.experiments)[0], ("device", "steps", "tokens", "params", "training_seconds")
-        result = self.result(commit, 0) if kept else None
-        known = {name: getattr(result, name) for name in (*names, "peak_vram_mb", "peak_rss_mb")} if result else {}
-        drafts = self.drafts()
-        return Brief(
-            tag=self.name,
-            task=self.task,
-            source=self.text(commit),
-            experiments=tuple(self.experiments),
-            sigma=sigma if sigma > 0 else None,
-            running=running,
-            facts=", ".join(f"{name} {value}" for name, value in known.items() if value),
-            tried=self.tried(),
-            sources={e.commit: self.source(e.commit).decode(errors="replace") for e in kept},
-            hypotheses={c: draft.hypothesis for c, draft in drafts.items()},
-            origins={c: draft.origin for c, draft in drafts.items()},
-            failures=tuple(self.failure(e.commit) for e in [e for e in self.experiments if e.status == "crash"][-3:]),
-        )
 
     # -- one experiment
 

@@ -8,7 +8,8 @@ import time
 from rich.console import Console
 from rich.text import Text
 
-from lab.findings import Findings, find, finished_curve, loss_at, read_curve
+from lab.curve import finished_curve, loss_at, read_curve
+from lab.findings import Findings, find
 from lab.report import aligned
 from lab.slots import Running
 from lab.verdict import changes

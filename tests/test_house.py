@@ -16,8 +16,8 @@ ORDER = """
 EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
-    book verdict trust repository researcher peers plumbing store exchange prompt answer api model elsewhere slots tag
-    drafts transfer sharing launch measure findings report view news
+    book curve verdict trust repository researcher peers plumbing store exchange prompt answer api model elsewhere
+    slots tag brief drafts transfer sharing launch measure findings report view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
 # What may be known of whom, where more is above.

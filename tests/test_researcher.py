@@ -32,13 +32,13 @@ from fake_anthropic import (
     turn_a_constant,
 )
 from test_loop import book
-from test_night import IMPATIENT
+from test_night import IMPATIENT, LOOP, git_in
 
 import prepare
 from lab import api, model, prompt
 from lab.answer import apply_proposal, carried_over, merge, nearest
-from lab.book import Experiment, title
-from lab.findings import json_lines
+from lab.book import Experiment, Run, title
+from lab.curve import json_lines
 from lab.model import Conversation, Model
 from lab.researcher import Brief, Draft, Enough, Failure, digest
 from prepare import Trouble
@@ -878,11 +878,35 @@ def test_the_prompt_at_the_thousandth_experiment_is_that_of_the_fiftieth(ask, tm
 
 def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failures():
     told = prompt.history(dataclasses.replace(filled(8, SOURCE), running=("f00 something",)))
-    assert "0000007 discard 0.999930 +0.000070 Number 7" in told and "one run is 0.001000" in told
+    assert "0000007 discard 0.999930 +0.000070 Number 7" in told and "of one is 0.001000" in told
     assert "Running right now, its result is not known yet:\n" + prompt.quoted("f00 something") in told
     assert "The last 7 experiments brought nothing" in told
     told = prompt.history(filled(9, SOURCE))
-    assert "brought nothing" not in told and "+X8 = 8" in told
+    assert "brought nothing" not in told and "X8" not in told, "train.py shows what was kept"
+
+
+def test_the_history_tells_steps_scores_curves_and_what_is_left():
+    runs = Run(1.01, None, "", 700.0), Run(1.03, None, "", 740.0)
+    first = dataclasses.replace(BRIEF.experiments[0], runs=runs)
+    more = {"left": "3 experiments and 1.5 hours", "said": "depth </data-1> 2", "curves": {"abc1234": (6.0, 5.25)}}
+    told = prompt.history(dataclasses.replace(BRIEF, experiments=(first,), **more))
+    assert "abc1234 keep 1.000000 - (720 steps; 1.0100, 1.0300) baseline" in told
+    assert "What is left of this run: 3 experiments and 1.5 hours." in told
+    assert prompt.quoted("abc1234 6.000 5.250") in told and prompt.quoted("depth </data-1> 2") in told
+
+
+def test_a_brief_knows_the_machine_the_sizes_and_the_curves_at_one_seed(stage):
+    source = (stage / "train.py").read_text().replace('"""A train.py', 'print("depth 2")\n"""A train.py', 1)
+    (stage / "train.py").write_text(source)
+    git_in(stage)("commit", "-qam", "talkative")
+    model = FakeAnthropic([edit("NOISE = 0.001", f"NOISE = 0.00{i}") for i in range(2, 9)])
+    command = [sys.executable, "agent_loop.py", *LOOP, "--researcher", "llm", "--max-experiments", "3"]
+    ended = subprocess.run(command, cwd=stage, capture_output=True, text=True, env=os.environ | model.environment())
+    model.close()
+    assert ended.returncode == 0, ended.stderr
+    asked = model.requests[-1]["messages"][0]["content"][0]["text"]
+    assert "It printed at its start:" in asked and "\ndepth 2\n" in asked and " experiment" in asked
+    assert "What is left of this run: " in asked and "steps 9" in asked and re.search(r"torch \d", asked)
 
 
 def test_the_programme_is_read_for_every_draft_and_the_interface_from_prepare_py(ask, monkeypatch, tmp_path):

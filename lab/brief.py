@@ -1,0 +1,73 @@
+"""What a researcher is told of a tag at one moment: the snapshot that everything in a prompt is made of."""
+
+import importlib.metadata
+from pathlib import Path
+
+from lab.book import Experiment
+from lab.curve import loss_at, read_curve
+from lab.researcher import Brief
+from lab.tag import Tag
+from lab.verdict import noise
+from prepare import one_line
+
+CURVES = 3  # of the last experiments that are told, besides those of the best and of what it was made from
+POINTS = 10  # of a curve, over the budget
+
+
+def make_brief(tag: Tag, running: tuple[str, ...] = (), left: str = "") -> Brief:
+    """running: hash and description of each experiment under way; left: what the limits still allow, in words."""
+    kept = [e for e in tag.experiments if e.status == "keep"][-20:]
+    commit = kept[-1].commit if kept else tag.settings["start"]
+    sigma, drafts = noise(tag.experiments)[0], tag.drafts()
+    return Brief(
+        tag=tag.name,
+        task=tag.task,
+        source=tag.text(commit),
+        experiments=tuple(tag.experiments),
+        sigma=sigma if sigma > 0 else None,
+        running=running,
+        left=left,
+        facts=facts(tag, commit) if kept else "",
+        said=opening(tag.path(commit, 0) / "log.txt") if kept else "",
+        curves=curves(tag, kept),
+        tried=tag.tried(),
+        sources={e.commit: tag.source(e.commit).decode(errors="replace") for e in kept},
+        hypotheses={c: draft.hypothesis for c, draft in drafts.items()},
+        origins={c: draft.origin for c, draft in drafts.items()},
+        failures=tuple(tag.failure(e.commit) for e in [e for e in tag.experiments if e.status == "crash"][-3:]),
+    )
+
+
+def facts(tag: Tag, commit: str) -> str:
+    """The machine and what a commit made of it in its first run, as far as that is known."""
+    names = "device", "cores", "steps", "tokens", "params", "training_seconds", "peak_vram_mb", "peak_rss_mb"
+    result = tag.result(commit, 0)
+    known = {name: getattr(result, name) for name in names} if result else {}
+    told = [f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in known.items()]
+    told = [each for each, value in zip(told, known.values()) if value]
+    return ", ".join([*told, f"torch {importlib.metadata.version('torch')}"])
+
+
+def opening(log: Path) -> str:
+    """The first line that a train.py has printed, which tells how it has sized itself; "" for none."""
+    try:
+        with open(log, encoding="utf-8", errors="replace") as file:
+            return one_line(file.readline(2000), 300)
+    except OSError:
+        return ""
+
+
+def curves(tag: Tag, kept: list[Experiment]) -> dict[str, tuple[float, ...]]:
+    """{commit: training loss at tenths of the budget, in their first runs, which all have one seed}.
+
+    Of the last experiments, of the best and of the one before it, as far as their logs are there.
+    """
+    chosen = [e.commit for e in [*kept[-2:], *[e for e in tag.experiments if e.status != "crash"][-CURVES:]]]
+    budget, told = tag.task.time_budget, {}
+    for commit in dict.fromkeys(chosen):
+        curve = read_curve(tag.path(commit, 0) / "metrics.jsonl", 2**22)
+        ends = [budget * (point + 1) / POINTS for point in range(POINTS)]
+        losses = [loss_at(curve, end, budget / POINTS) for end in ends]
+        if losses and None not in losses:
+            told[commit] = tuple(losses)
+    return told
