@@ -22,7 +22,6 @@ import fcntl
 import functools
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -35,18 +34,18 @@ try:
     from exam.files import ROOT
     from exam.sandbox import sandbox_level
     from lab import launch, report
+    from lab.api import FALLBACK, MODEL
     from lab.book import Experiment, title
     from lab.drafts import Drafts
-    from lab.elsewhere import Others, Replay
+    from lab.elsewhere import Others
+    from lab.evening import choose_researcher, first_steps, prepared, sound_tag
     from lab.measure import Measure
-    from lab.model import FALLBACK, MODEL, Model
     from lab.news import News
     from lab.repository import Repository
-    from lab.researcher import Draft, Enough, Researcher, Search
+    from lab.researcher import Draft, Enough, Researcher
     from lab.sharing import Sharing, sharing
     from lab.slots import POLL, Slot, choose_slots, end_all, idle_cards
     from lab.tag import THROW_AWAY, Tag, book_owner
-    from lab.transfer import kept_changes, replayed
     from lab.verdict import difference
     from lab.view import COLOURS, View, live, say
     from prepare import PASSING, Pause, Trouble, words
@@ -200,29 +199,6 @@ def choose_tag(arguments, repository):
     return sound_tag(tag or repository.branch().partition("autoresearch/")[2] or time.strftime("%b%d").lower())
 
 
-def sound_tag(tag):
-    """A tag, whose name can be that of a branch and a folder. Raises Trouble for another one."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag) or ".." in tag or tag.endswith((".", ".lock")):
-        raise Trouble(f"{tag!r} cannot be a tag; use letters, digits, dots, dashes")
-    return tag
-
-
-def choose_researcher(tag: Tag, arguments) -> Researcher:
-    """The one asked for; after a replay only one that was named."""
-    named = arguments.researcher or ("search" if arguments.demo else None if arguments.replay else "llm")
-    researcher = None
-    if named:
-        researcher = Search() if named == "search" else Model(arguments, tag.folder / "cost.jsonl", tag.say)
-    if not arguments.replay:
-        return researcher
-    if (name := sound_tag(arguments.replay)) == tag.name:
-        raise Trouble(f"tag {name} cannot replay itself; give the new run another --tag")
-    changes, done = kept_changes(Tag(tag.repository, name, tag.say)), replayed(tag)
-    if not tag.settings and tag.repository.source("HEAD") == changes[-1].source.encode():
-        raise Trouble(f"this train.py has what {name} has kept; start from another: git switch main, as a rule")
-    return Replay([change for change in changes if change.origin["From"] not in done], researcher)
-
-
 def parse_arguments():
     parser = argparse.ArgumentParser(
         usage="python agent_loop.py [report | share] [options]",
@@ -242,15 +218,15 @@ def parse_arguments():
     add("--tag", metavar="T", help="name of the run (default: the branch's, or today)")
     add("--task", metavar="NAME", help=f"{', '.join(prepare.TASKS)} (default: {prepare.TASK.name})")
     add("--budget", type=float, metavar="SECONDS", help="of training in a run, not the task's own")
-    add("--researcher", metavar="R", choices=("llm", "search"), help="llm (a language model, default) or search")
+    add("--researcher", metavar="R", help="llm (default), search, or a command, run in an empty folder: 'claude -p'")
     add("--replay", metavar="TAG", help="first try here what another tag has kept, in its order")
     remotes = {"metavar": "REMOTE", "action": "append", "default": []}
     add("--share", **remotes, help="give experiments to a git remote, take others' ideas")
     add("--peer", **remotes, help="only take others' ideas, from a name, path or URL")
-    add("--model", metavar="M", default=MODEL, help=f"that llm asks (default: {MODEL})")
+    add("--model", metavar="M", help=f"that llm asks (default: {MODEL})")
     add("--fallback-model", metavar="M", help=f"if M fails (default: {FALLBACK})")
     efforts = ("low", "medium", "high", "xhigh", "max")
-    add("--effort", metavar="E", choices=efforts, default="high", help="of Claude: low, medium, high, xhigh, max")
+    add("--effort", metavar="E", choices=efforts, help="of Claude: low, medium, high (default), xhigh, max")
     add("--max-cost", type=float, metavar="USD", help="of the model from this start; never exceeded")
     add("--hours", type=float, metavar="H", help="start no experiment after H hours")
     add("--max-experiments", type=int, metavar="N", help="end when the tag holds N and its baseline")
@@ -265,39 +241,13 @@ def parse_arguments():
         parser.error("share needs to know where: --share REMOTE, a git remote's name, a path or a URL")
     if (arguments.json or arguments.diff) and arguments.command != "report":
         parser.error("--json and --diff go with report")
+    of_llm = arguments.model, arguments.fallback_model, arguments.effort, arguments.max_cost
+    if any(value is not None for value in of_llm) and arguments.researcher not in (None, "llm", "search"):
+        parser.error("--model, --fallback-model, --effort and --max-cost go with llm; a command has options of its own")
     if arguments.demo:
         arguments.task = arguments.task or "demo"
         arguments.max_experiments = 5 if arguments.max_experiments is None else arguments.max_experiments
     return arguments
-
-
-MODELS = """export ANTHROPIC_API_KEY=...                for Claude
-   or export ANTHROPIC_BASE_URL=...               for a local --model
-   or python agent_loop.py --researcher search    which asks nobody"""
-
-
-def first_steps(task, researcher, repository):
-    """Raise Trouble where a run still needs something from its owner, once it has told them what, and the commands."""
-    steps = []
-    if task.dataset != "pycode" and not prepared(task):
-        steps.append((f"the text of {task.name}", f"python prepare.py --task {task.name}"))
-    if not researcher.has_key:
-        steps.append(("a model to ask", MODELS))
-    if not steps:
-        return
-    missing = " and ".join(what for what, _ in steps)
-    if not repository.has_identity:
-        steps.append(("your name on the commits, if you like", "git config user.name ...; git config user.email ..."))
-    print("What this still needs:\n")
-    for number, (what, command) in enumerate(steps, 1):
-        print(f"{number}. {what}\n      {command}\n")
-    print("To see it all work in five minutes, without any of that:\n      python agent_loop.py --demo\n")
-    raise Trouble(f"not started, for lack of {missing}; the commands are above")
-
-
-def prepared(task):
-    """Whether the text of a task is there as rows."""
-    return (prepare.cache_root() / task.dataset / "meta.json").exists()
 
 
 def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
@@ -341,8 +291,7 @@ def night(tag: Tag, news: News, console: Console, arguments):
             given.rows()
             researcher = Others(given.exchange, researcher, speak)
         loop = Loop(tag, researcher, measure, news, slots)
-        loop.shared = given
-        loop.most = arguments.max_experiments
+        loop.shared, loop.most = given, arguments.max_experiments
         loop.ends = started + 3600 * arguments.hours if arguments.hours is not None else math.inf
         with live(View(loop, console)):
             reason = signals.run(loop.run())

@@ -15,6 +15,7 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   prompt      what a model is told
   answer      what a model answers
   api         one request to a model and its whole answer: failures, money
+  command     one request to a command line of the owner's, such as claude -p, and its whole answer
   model       a language model as a researcher
   elsewhere   researchers that propose what another tag, or another machine, has kept
   slots       the places that hold one trial each
@@ -22,6 +23,7 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   brief       what a researcher is told of a tag
   drafts      drafts on their way to a trial
   transfer    what was found elsewhere: as drafts, and how it has held here
+  evening     who researches, and what is missing before a night can begin
   sharing     what this machine shares: rows of a tag as ideas
   launch      hold one trial: request -> Result
   measure     the runs of one candidate, and whose fault a failure is

@@ -13,6 +13,7 @@ from pathlib import Path
 from lab.researcher import Enough, Say
 from prepare import Trouble, one_line
 
+MODEL, FALLBACK = "claude-opus-5-5", "claude-sonnet-5-5"
 PRICES = {  # dollars per million tokens: input, output, written to the cache for an hour, read from it
     "claude-opus-5-5": (4.00, 20.00, 8.00, 0.20),
     "claude-sonnet-5-5": (2.00, 10.00, 4.00, 0.10),
@@ -54,9 +55,17 @@ class Own(threading.local):
 class Api:
     """The client of one start of the loop, for any number of threads; counts what they spend, and stops at a limit."""
 
-    def __init__(self, max_cost: float | None, costs: Path, say: Say):
-        """max_cost: dollars, None for no limit; costs: a JSON-lines file that each request is written to."""
-        self.max_cost, self.costs, self.say, self.spent = max_cost, costs, say, 0.0
+    name = "llm"  # in the commits of its drafts
+    longest_wait = LONGEST_WAIT
+
+    def __init__(self, arguments, costs: Path, say: Say):
+        """arguments: those of the command line; costs: a JSON-lines file that each request is written to."""
+        first = arguments.model or MODEL
+        self.models = first, arguments.fallback_model or (FALLBACK if first.startswith("claude-") else first)
+        self.effort, self.max_cost = arguments.effort or "high", arguments.max_cost  # dollars, None for no limit
+        if self.max_cost is not None and (unknown := [model for model in self.models if not prices(model)]):
+            raise Trouble(f"--max-cost needs a price, and that of {unknown[0]} is not known; leave --max-cost away")
+        self.costs, self.say, self.spent = costs, say, 0.0
         self.own, self.voice = Own(), threading.Lock()
         self.money, self.in_flight = threading.Condition(), []  # what each request in flight may cost at most
         url = os.environ.get("ANTHROPIC_BASE_URL", "").strip()
@@ -75,6 +84,21 @@ class Api:
         except anthropic.AnthropicError as error:
             raise Trouble(f"the credentials for the API cannot be used: {one_line(error, 200)}") from None
         self.has_key = bool(self.client.api_key or self.client.auth_token or self.client.credentials)
+
+    def check(self):
+        """Ask for one word. Raises Trouble where the API refuses, as it would all night."""
+        question = [{"role": "user", "content": "Answer with the word ready."}]
+        self.say(f"asking {self.models[0]} for one word, to see that it answers")
+        try:
+            self.send({"model": self.models[0], "max_tokens": 16, "messages": question, "timeout": 30.0})
+        except Enough:  # the loop will say so when a draft is due
+            pass
+        except (Outage, Unusable) as failure:
+            self.say(f"{failure}; starting all the same, and asking again when a draft is due", "yellow")
+
+    def is_plain(self, model) -> bool:
+        """Whether a model knows neither Claude's thinking nor its cache, and may not even call tools."""
+        return self.elsewhere and not model.startswith("claude-")
 
     def ask(self, request):
         """The answer to a request, however long the API is away. Raises Trouble, Enough or Unusable."""
@@ -208,9 +232,9 @@ def prices(model):
     return next((row for name, row in PRICES.items() if model.startswith(name)), None)
 
 
-def waiting_time(failures):
+def waiting_time(failures, longest=LONGEST_WAIT):
     """Seconds to wait after so many failures in a row: doubled each time, up to a limit, and never the same twice."""
-    return min(LONGEST_WAIT, 2.0 ** min(failures, 30)) * random.uniform(0.5, 1)
+    return min(longest, 2.0 ** min(failures, 30)) * random.uniform(0.5, 1)
 
 
 def snapshot(stream):

@@ -9,16 +9,15 @@ import itertools
 import threading
 import time
 from concurrent.futures import Future
-from pathlib import Path
 
 from lab.answer import apply_proposal, carried_over, objection, proposal
-from lab.api import Api, Outage, Rejected, Unusable, prices, sent_back, waiting_time
+from lab.api import Api, Rejected, Unusable, sent_back, waiting_time
 from lab.book import title
+from lab.command import Command
 from lab.prompt import TOOL, briefing, failure_in_words, history, programme
-from lab.researcher import Brief, Draft, Enough, Failure, Researcher, Say, digest
+from lab.researcher import Brief, Draft, Failure, Researcher, Say, digest
 from prepare import Trouble, one_line
 
-MODEL, FALLBACK = "claude-opus-5-5", "claude-sonnet-5-5"
 MAX_TOKENS = 32_000  # of one answer, its thinking included
 REPAIR_TURNS = 2  # for an answer that cannot be applied
 CRASH_REPAIRS = 2  # for an experiment that crashes
@@ -56,16 +55,11 @@ class Writer:
 
 
 class Model(Researcher):
-    """Claude, or a local model that speaks the Messages API. The memory of its drafts is their Conversation."""
+    """A language model, behind the Messages API or a command. The memory of its drafts is their Conversation."""
 
-    def __init__(self, arguments, costs: Path, say: Say):
-        first = arguments.model
-        self.models = first, arguments.fallback_model or (FALLBACK if first.startswith("claude-") else first)
-        self.effort, self.max_cost, self.say = arguments.effort, arguments.max_cost, say
-        if self.max_cost is not None and (unknown := [model for model in self.models if not prices(model)]):
-            raise Trouble(f"--max-cost needs a price, and that of {unknown[0]} is not known; leave --max-cost away")
-        self.api = Api(self.max_cost, costs, say)
-        self.has_key = self.api.has_key
+    def __init__(self, backend: Api | Command, say: Say):
+        self.backend, self.say = backend, say
+        self.has_key, self.max_cost = backend.has_key, backend.max_cost
         self.writers: list[Writer] = []  # of the drafts that nobody has asked for yet, in the order of their start
         self.broken = []  # conversations about experiments that have crashed, to be repaired
         self.newest: Brief | None = None
@@ -74,19 +68,12 @@ class Model(Researcher):
 
     @property
     def spent(self):
-        return self.api.spent
+        return self.backend.spent
 
     # -- what the loop calls
 
     def check(self):
-        question = [{"role": "user", "content": "Answer with the word ready."}]
-        self.say(f"asking {self.models[0]} for one word, to see that it answers")
-        try:
-            self.api.send({"model": self.models[0], "max_tokens": 16, "messages": question, "timeout": 30.0})
-        except Enough:  # the loop will say so when a draft is due
-            pass
-        except (Outage, Unusable) as failure:
-            self.say(f"{failure}; starting all the same, and asking again when a draft is due", "yellow")
+        self.backend.check()
 
     def state(self):
         writers = list(self.writers)
@@ -189,40 +176,44 @@ class Model(Researcher):
     def write(self, brief: Brief, conversation: Conversation | None) -> Draft:
         """The draft that `conversation` leads to when it is carried on, or new ones until one succeeds."""
         for attempt in itertools.count():
-            started, before = time.monotonic(), self.api.own.spent
-            conversation = conversation or self.open(brief, self.models[attempt % 3 == 2])
+            started, before = time.monotonic(), self.backend.own.spent
+            conversation = conversation or self.open(brief, self.backend.models[attempt % 3 == 2])
             try:
                 draft = self.converse(conversation, brief.tried)
-                cost = f", ${self.api.own.spent - before:.4f}" if self.api.own.spent > before else ""
+                cost = self.backend.own.spent - before
+                cost = f", ${cost:.4f}" if cost > 0 else ""
                 self.say(f"drafted in {time.monotonic() - started:.0f} s{cost}: {draft.description}", "dim")
                 return draft
             except Unusable as unusable:
-                self.say(f"{conversation.request['model']}: {unusable}; asking again", "yellow")
+                # If neither model does it, perhaps the programme or the server has to change first.
+                seconds = waiting_time(attempt - 2, self.backend.longest_wait) if attempt >= 2 else 0.0
+                later = f" in {seconds:.0f} s" if seconds >= 1 else ""
+                self.say(f"{conversation.request['model']}: {unusable}; asking again{later}", "yellow")
             conversation = None
-            if attempt >= 2:  # neither model does it: perhaps the programme or the server has to change first
-                time.sleep(waiting_time(attempt - 2))
+            time.sleep(seconds)
 
     def open(self, brief: Brief, model: str) -> Conversation:
         """A new conversation: what rarely changes first, so that the cache serves it, and what is new last."""
-        wishes, plain = programme(), self.api.elsewhere and not model.startswith("claude-")
+        wishes, plain = programme(), self.backend.is_plain(model)
         texts = briefing(brief, wishes, plain)
         first = {"role": "user", "content": [{"type": "text", "text": history(brief)}]}
         request = {"model": model, "max_tokens": MAX_TOKENS, "tools": [TOOL], "messages": [first]}
-        if plain:  # it knows neither Claude's thinking nor its cache
+        if plain:
             request["system"] = "\n\n".join(texts)
         else:
             request["system"] = [{"type": "text", "text": text} for text in texts]
             request["system"][-1]["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
-            request |= {"thinking": {"type": "adaptive"}, "output_config": {"effort": self.effort}}
+            request |= {"thinking": {"type": "adaptive"}, "output_config": {"effort": self.backend.effort}}
             request["tool_choice"] = {"type": "auto", "disable_parallel_tool_use": True}
         program = digest(wishes.encode())[:12]
-        return Conversation(request, brief.source, {"Researcher": "llm", "Model": model, "Program": program})
+        origin = {"Researcher": self.backend.name, "Model": model, "Program": program}
+        return Conversation(request, brief.source, origin)
 
     def converse(self, conversation: Conversation, tried) -> Draft:
         """The draft that a conversation leads to, mistakes repaired on the way; raises Unusable if it leads nowhere."""
         for _ in range(1 + REPAIR_TURNS):
             try:
-                answer = self.api.ask(conversation.request)
+                answer = self.backend.ask(conversation.request)
             except Rejected as rejected:
                 if len(conversation.request["messages"]) == 1:
                     raise
@@ -236,6 +227,9 @@ class Model(Researcher):
             if not problem:
                 return drafted(given, source, conversation)
             conversation.reply(problem)
+        if given is None:
+            words = " ".join(block.text for block in answer.content if block.type == "text")
+            raise Unusable(f"no proposal in its answer ({one_line(words, 120)})")
         raise Unusable(f"no edit that can be applied ({one_line(problem.splitlines()[0], 120)})")
 
     def repeated(self, source) -> str | None:

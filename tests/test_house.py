@@ -16,15 +16,16 @@ ORDER = """
 EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
-    book curve verdict trust repository researcher peers plumbing store exchange prompt answer api model elsewhere
-    slots tag brief drafts transfer sharing launch measure findings report view news
+    book curve verdict trust repository researcher peers plumbing store exchange prompt answer api command model
+    elsewhere slots tag brief drafts transfer evening sharing launch measure findings report view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
 # What may be known of whom, where more is above.
 WALLS = {
     "lab.verdict": {"lab.book"},
     "lab.trust": set(),
-    "lab.model": {"lab.book", "lab.researcher", "lab.prompt", "lab.answer", "lab.api"},
+    "lab.model": {"lab.book", "lab.researcher", "lab.prompt", "lab.answer", "lab.api", "lab.command"},
+    "lab.command": {"lab.researcher", "lab.api"},
     "lab.elsewhere": {"lab.book", "lab.trust", "lab.researcher", "lab.peers", "lab.exchange", "lab.answer"},
     "lab.news": {"lab.researcher"},
     "lab.peers": {"lab.book"},

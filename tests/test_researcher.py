@@ -37,6 +37,7 @@ from test_night import IMPATIENT, LOOP, git_in
 import prepare
 from lab import api, model, prompt
 from lab.answer import apply_proposal, carried_over, merge, nearest
+from lab.api import Api
 from lab.book import Experiment, Run, title
 from lab.curve import json_lines
 from lab.model import Conversation, Model
@@ -82,6 +83,15 @@ def costs(tmp_path):
     return tmp_path / "cost.jsonl"
 
 
+def messages_api(arguments, costs, said):
+    """The researcher behind the Messages API, which tells `said`."""
+
+    def say(text, style=""):
+        said.append(text)
+
+    return Model(Api(arguments, costs, say), say)
+
+
 @pytest.fixture
 def ask(said, costs, monkeypatch):
     """ask(*script, **arguments): (server, researcher), the latter at the former's door."""
@@ -92,10 +102,10 @@ def ask(said, costs, monkeypatch):
         for name, value in servers[-1].environment().items():
             monkeypatch.setenv(name, value)
         arguments = argparse.Namespace(model=model, fallback_model=fallback_model, effort="medium", max_cost=max_cost)
-        return servers[-1], Model(arguments, costs, lambda text, style="": said.append(text))
+        return servers[-1], messages_api(arguments, costs, said)
 
     monkeypatch.setattr(api, "waiting_time", lambda failures: 0.01)
-    monkeypatch.setattr(model, "waiting_time", lambda failures: 0.01)
+    monkeypatch.setattr(model, "waiting_time", lambda failures, longest: 0.01)
     monkeypatch.setattr(api, "LONGEST_RETRY_AFTER", 0.1)
     yield ask
     for server in servers:
@@ -298,7 +308,7 @@ def test_a_server_that_hangs_or_is_not_there_is_outlasted(ask, said, tmp_path, m
     assert next_draft(researcher, BRIEF).source == CHANGED and len(server.requests) == 2
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
     arguments = argparse.Namespace(model="claude-x", fallback_model=None, effort="low", max_cost=None)
-    away = Model(arguments, tmp_path / "costs", lambda text, style="": said.append(text))
+    away = messages_api(arguments, tmp_path / "costs", said)
     away.think_ahead(BRIEF, 1)
     while sum("no connection" in line for line in said) < 3:
         time.sleep(0.01)
@@ -537,7 +547,7 @@ def converse(ask):
             json.dumps(request["messages"], ensure_ascii=False, allow_nan=False).encode()  # as the SDK does
             return types.SimpleNamespace(stop_reason="end_turn", content=blocks(next(answers)))
 
-        researcher.api.ask = answer
+        researcher.backend.ask = answer
         try:
             draft = researcher.converse(conversation, BRIEF.tried)
         except api.Unusable:
