@@ -201,7 +201,7 @@ def trials_of(experiments, origins: dict[str, dict[str, str]]) -> list[Trial | N
     for experiment in experiments[1:]:
         origin, held = origins.get(experiment.commit, {}), experiment.status == "keep" or experiment.commit in carried
         theirs = origin.get("Researcher") == "others"
-        found.append(Trial(origin["Edit"], origin["From"].partition("/")[0], held) if theirs else None)
+        found.append(Trial(origin.get("Edit", ""), origin["From"].partition("/")[0], held) if theirs else None)
     return found
 
 

@@ -13,7 +13,7 @@ from lab.plumbing import Fault
 from lab.researcher import Draft
 from lab.tag import Tag
 from lab.verdict import comparable, noise
-from prepare import Trouble, one_line
+from prepare import Pause, Trouble, one_line
 
 CLOSING = 10.0  # seconds that the pushes of a night's last rows get
 
@@ -117,6 +117,7 @@ class Sharing:
 
     def __init__(self, tag: Tag, exchange: Exchange):
         self.tag, self.exchange = tag, exchange
+        self.unfit: set[str] = set()  # commits of which no idea can be made
         self.left = 0  # pushes that have to wait for another start, once it has ended
 
     def rows(self):
@@ -124,12 +125,26 @@ class Sharing:
         if not self.exchange.outboxes:
             return
         try:
-            done, drafts = self.exchange.shared(self.tag.name), self.tag.drafts()
+            done, drafts = self.exchange.shared(self.tag.name) | self.unfit, self.tag.drafts()
             for experiment in self.tag.experiments:
-                if experiment.commit not in done and (idea := idea_of(self.tag, experiment, drafts)):
-                    self.exchange.share(idea)
-        except (Trouble, Fault, OSError) as fault:  # the next row tries again
+                if experiment.commit not in done:
+                    self.row(experiment, drafts)
+        except (Pause, Fault, OSError) as fault:  # the next row tries again
             self.tag.say(f"what is new is not shared yet: {one_line(fault, 200)}", "yellow")
+
+    def row(self, experiment: Experiment, drafts: dict[str, Draft]):
+        """Share one row, if it is one that others can use."""
+        try:
+            idea = idea_of(self.tag, experiment, drafts)
+        except Pause:
+            raise
+        except Trouble as trouble:  # its train.py is no text, or its commit is gone
+            idea = None
+            self.tag.say(f"{experiment.commit} is not shared: {one_line(trouble, 200)}", "yellow")
+        if idea:
+            self.exchange.share(idea)
+        else:
+            self.unfit.add(experiment.commit)
 
 
 @contextlib.contextmanager

@@ -228,3 +228,14 @@ def test_kills_of_a_night_that_shares_lose_no_row_and_share_each_one_once(tmp_pa
     names = [name.split("/") for name in shared(remote)]
     assert len({who for who, _, _ in names}) == 1 and len(names) == rows - 1
     assert {commit for _, _, commit in names} == {row[0] for row in book(tmp_path / "home")[1:]}
+
+
+def test_a_train_py_that_is_no_text_is_not_shared_and_holds_up_no_other(machine, remote):
+    a = machine("ada")
+    night(a, remote, most=1)
+    (a / "train.py").write_bytes(b"# caf\xe9\n" + (a / "train.py").read_bytes())
+    git_in(a)("commit", "-qam", "in another encoding")
+    said = night(a, remote, most=4)
+    rows = book(a)
+    assert rows[2][3] == "crash" and said.count("is not UTF-8 text") == 1
+    assert {name.split("/")[2] for name in shared(remote)} == {row[0] for row in [rows[1], *rows[3:]]}
