@@ -194,9 +194,25 @@ def only_loop(path):
 
 
 def choose_tag(arguments, repository):
-    """The tag asked for, else (to report) that of results.tsv, that of the checked-out branch, or today's date."""
-    tag = arguments.tag or ("demo" if arguments.demo else None) or (book_owner() if arguments.command else None)
-    return sound_tag(tag or repository.branch().partition("autoresearch/")[2] or time.strftime("%b%d").lower())
+    """The tag asked for, else that of the checked-out branch, (to report) that of results.tsv, or today's date."""
+    tag = arguments.tag or ("demo" if arguments.demo else repository.branch().partition("autoresearch/")[2])
+    owner = book_owner() if arguments.command and not tag else None
+    return sound_tag(tag or owner or time.strftime("%b%d").lower())
+
+
+def above_zero(text):
+    """A finite number above zero."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def count(text):
+    """A whole number that is not negative."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
 
 
 def parse_arguments():
@@ -210,33 +226,13 @@ def parse_arguments():
   python agent_loop.py --share git@host:ideas     a night that gives to others, and takes from them""",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
     )
-    add = parser.add_argument
-    add("command", nargs="?", choices=("report", "share"), help="what a tag has found: tell it, or give it to others")
-    add("--json", action="store_true", help="with report: one JSON object, and nothing else")
-    add("--diff", action="store_true", help="with report: train.py's change, baseline to best")
-    add("--demo", action="store_true", help="a baseline and five quick experiments; needs nothing")
-    add("--tag", metavar="T", help="name of the run (default: the branch's, or today)")
-    add("--task", metavar="NAME", help=f"{', '.join(prepare.TASKS)} (default: {prepare.TASK.name})")
-    add("--budget", type=float, metavar="SECONDS", help="of training in a run, not the task's own")
-    add("--researcher", metavar="R", help="llm (default), search, or a command, run in an empty folder: 'claude -p'")
-    add("--replay", metavar="TAG", help="first try here what another tag has kept, in its order")
-    remotes = {"metavar": "REMOTE", "action": "append", "default": []}
-    add("--share", **remotes, help="give experiments to a git remote, take others' ideas")
-    add("--peer", **remotes, help="only take others' ideas, from a name, path or URL")
-    add("--model", metavar="M", help=f"that llm asks (default: {MODEL})")
-    add("--fallback-model", metavar="M", help=f"if M fails (default: {FALLBACK})")
-    efforts = ("low", "medium", "high", "xhigh", "max")
-    add("--effort", metavar="E", choices=efforts, help="of Claude: low, medium, high (default), xhigh, max")
-    add("--max-cost", type=float, metavar="USD", help="of the model from this start; never exceeded")
-    add("--hours", type=float, metavar="H", help="start no experiment after H hours")
-    add("--max-experiments", type=int, metavar="N", help="end when the tag holds N and its baseline")
-    add("--gpus", metavar="WHICH", help="a trial on each: all, a count, or a list like 0,2")
-    add("--parallel", type=int, metavar="K", help="trials at a time: shares of a CPU, or by --launch")
-    add("--launch", metavar="CMD", help="takes trials elsewhere: 'srun --gres=gpu:1 {}'")
-    add("--notify-url", metavar="URL", help="post a new best, the end and trouble there")
-    add("--greedy", action="store_true", help="keep any lower score after a single run")
-    add("--no-sandbox", action="store_true", help="run train.py unconfined, if you trust its author")
-    arguments = parser.parse_args()
+    add_options(parser.add_argument)
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        near = [name.replace("_", "-") for name in vars(arguments) if unknown[0].strip("-") in name]
+        parser.error(f"there is no {unknown[0]}{f'; is it --{near[0]}?' if near else ', see --help'}")
+    if arguments.command not in (None, "report", "share"):
+        parser.error(f"there is no command {arguments.command!r}; it is report, share, or none for a night")
     if arguments.command == "share" and not arguments.share:
         parser.error("share needs to know where: --share REMOTE, a git remote's name, a path or a URL")
     if (arguments.json or arguments.diff) and arguments.command != "report":
@@ -248,6 +244,35 @@ def parse_arguments():
         arguments.task = arguments.task or "demo"
         arguments.max_experiments = 5 if arguments.max_experiments is None else arguments.max_experiments
     return arguments
+
+
+def add_options(add):
+    """Add all arguments by argparse's add_argument."""
+    add("command", nargs="?", metavar="report | share", help="what a tag has found: tell it, or give it to others")
+    add("--json", action="store_true", help="with report: one JSON object, and nothing else")
+    add("--diff", action="store_true", help="with report: train.py's change, baseline to best")
+    add("--demo", action="store_true", help="a baseline and five quick experiments; needs nothing")
+    add("--tag", metavar="T", help="name of the run (default: the branch's, or today)")
+    add("--task", metavar="NAME", help=f"{', '.join(prepare.TASKS)} (default: {prepare.TASK.name})")
+    add("--budget", type=above_zero, metavar="SECONDS", help="of training in a run, not the task's own")
+    add("--researcher", metavar="R", help="llm (default), search, or a command, run in an empty folder: 'claude -p'")
+    add("--replay", metavar="TAG", help="first try here what another tag has kept, in its order")
+    remotes = {"metavar": "REMOTE", "action": "append", "default": []}
+    add("--share", **remotes, help="give experiments to a git remote, take others' ideas")
+    add("--peer", **remotes, help="only take others' ideas, from a name, path or URL")
+    add("--model", metavar="M", help=f"that llm asks (default: {MODEL})")
+    add("--fallback-model", metavar="M", help=f"if M fails (default: {FALLBACK})")
+    efforts = ("low", "medium", "high", "xhigh", "max")
+    add("--effort", metavar="E", choices=efforts, help="of Claude: low, medium, high (default), xhigh, max")
+    add("--max-cost", type=above_zero, metavar="USD", help="of the model from this start; never exceeded")
+    add("--hours", type=above_zero, metavar="H", help="start no experiment after H hours")
+    add("--max-experiments", type=count, metavar="N", help="end when the tag holds N and its baseline")
+    add("--gpus", metavar="WHICH", help="a trial on each: all, a count, or a list like 0,2")
+    add("--parallel", type=int, metavar="K", help="trials at a time: shares of a CPU, or by --launch")
+    add("--launch", metavar="CMD", help="takes trials elsewhere: 'srun --gres=gpu:1 {}'")
+    add("--notify-url", metavar="URL", help="post a new best, the end and trouble there")
+    add("--greedy", action="store_true", help="keep any lower score after a single run")
+    add("--no-sandbox", action="store_true", help="run train.py unconfined, if you trust its author")
 
 
 def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
@@ -267,7 +292,8 @@ def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
     if len(slots) > 1:
         names = ", ".join(slot.name for slot in slots[:8]) + ", ..." * (len(slots) > 8)
         speak(f"{len(slots)} trials at a time: {names}")
-    for line in filter(None, [*lacks, idle_cards(slots)]):
+    programme = "" if (ROOT / "program.md").exists() else "there is no program.md: a model is told the rules alone"
+    for line in filter(None, [*lacks, idle_cards(slots), programme]):
         speak(line, "yellow")
 
 
@@ -296,6 +322,8 @@ def night(tag: Tag, news: News, console: Console, arguments):
         with live(View(loop, console)):
             reason = signals.run(loop.run())
         speak(f"the end: {reason}")
+        if tag.experiments and (found := tag.candidate()):
+            speak(f"{found[0]} ({found[1].description}) still waits for its trial; the next start holds it", "yellow")
     report.tell(tag, console)
     news.send("the end", f"{reason}; best val_bpb {tag.best.val_bpb:.6f}")
     if arguments.demo:
@@ -327,10 +355,14 @@ def main():
         if arguments.command == "report":
             tag.look()
             report.show(tag, console, arguments.json, arguments.diff)
+            sys.stdout.flush()
         elif arguments.command == "share":
             share(tag, arguments.share)
         else:
             night(tag, news, console, arguments)
+        return 0
+    except BrokenPipeError:  # whoever reads this, like head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Trouble, OSError) as trouble:
         print(f"agent_loop.py: {words(trouble)}", file=sys.stderr)

@@ -170,7 +170,7 @@ def download_trouble(error, repository):
     )
 
 
-KINDS = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz", ".parquet")
+KINDS = (".txt", ".md", ".rst", ".jsonl", ".txt.gz", ".md.gz", ".rst.gz", ".jsonl.gz", ".parquet")
 
 
 def text_files(paths):

@@ -57,7 +57,7 @@ class Findings:
         """The tag and what has become of its experiments, in words."""
         task = f" ({self.task}, {self.budget:g} s)" if self.task else ""
         counts = f"{self.count('keep')} kept, {self.count('discard')} discarded, {self.count('crash')} crashed"
-        return f"{self.tag}{task}, {self.experiments} experiments: {counts}"
+        return f"{self.tag}{task}, {self.experiments} experiment{'s' * (self.experiments != 1)}: {counts}"
 
     @property
     def gain_in_words(self) -> str:

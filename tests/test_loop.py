@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -240,7 +241,6 @@ def test_a_dirty_train_py_is_refused_and_left_alone(home, loop, git):
         (("--task", "chess"), "there is no task 'chess'"),
         (("--tag", "../x"), "cannot be a tag"),
         (("--tag", "--x"), "expected one argument"),
-        (("--budget", "-1"), "makes no sense"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, home, loop):
@@ -310,3 +310,57 @@ def test_every_program_explains_itself_within_a_screen(run):
     for program in ("agent_loop.py", "prepare.py"):
         said = run(sys.executable, ROOT / program, "--help", env=os.environ | {"COLUMNS": "80"})
         assert said.returncode == 0 and len(said.stdout.splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--experiments", "3"], "there is no --experiments; is it --max-experiments?"),
+        (["rport"], "there is no command 'rport'; it is report, share, or none"),
+        (["--hours", "0"], "0 is not above 0"),
+        (["--hours", "nan"], "nan is not above 0"),
+        (["--budget", "0"], "0 is not above 0"),
+        (["--max-cost", "-1"], "-1 is not above 0"),
+        (["--max-experiments", "-1"], "-1 is below 0"),
+        (["share"], "share needs to know where: --share REMOTE"),
+        (["--json"], "--json and --diff go with report"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_with_what_can(arguments, message, home, loop):
+    ended = loop(*arguments)
+    assert ended.returncode == 2 and message in ended.stderr and "Traceback" not in ended.stderr
+    assert not (home / "runs").exists()
+
+
+def test_report_tells_of_the_branch_that_is_checked_out_and_elsewhere_of_the_book(stage, run):
+    def loop(*arguments):
+        return run(sys.executable, "agent_loop.py", *arguments, cwd=stage)
+
+    for tag in ("one", "two"):
+        assert loop(*QUICK, "--tag", tag, "--budget", "0.01", "--max-experiments", "0").returncode == 0
+        subprocess.run(["git", "switch", "-q", "main"], cwd=stage, check=True)
+    assert loop("report").stdout.startswith("two (tiny")
+    subprocess.run(["git", "switch", "-q", "autoresearch/one"], cwd=stage, check=True)
+    assert loop("report").stdout.startswith("one (tiny")
+
+
+def test_a_reader_who_has_seen_enough_of_a_report_hears_no_complaint(stage, run):
+    assert run(sys.executable, "agent_loop.py", *QUICK, "--budget", "0.01", "--max-experiments", "1", cwd=stage).stdout
+    command = f"{sys.executable} agent_loop.py report --json | true; echo ${{PIPESTATUS[0]}}"
+    ended = run("bash", "-c", command, cwd=stage)
+    assert ended.stdout == "0\n" and not ended.stderr
+
+
+def test_what_the_owner_has_committed_and_a_limit_leaves_waiting_is_mentioned(stage, run):
+    night = [sys.executable, "agent_loop.py", *QUICK, "--budget", "0.01", "--max-experiments", "0"]
+    assert "still waits" not in run(*night, cwd=stage).stdout
+    train_py = stage / "train.py"
+    train_py.write_text(train_py.read_text().replace("WIDTH = 32", "WIDTH = 64"))
+    subprocess.run(["git", "commit", "-qam", "widen it"], cwd=stage, check=True)
+    assert re.search(r"\w{7} \(by hand: widen it\) still waits for its trial", run(*night, cwd=stage).stdout)
+
+
+def test_a_missing_program_md_is_mentioned(stage, run):
+    (stage / "program.md").unlink()
+    ended = run(sys.executable, "agent_loop.py", *QUICK, "--budget", "0.01", "--max-experiments", "0", cwd=stage)
+    assert ended.returncode == 0 and "there is no program.md" in ended.stdout
