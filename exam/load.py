@@ -1,5 +1,6 @@
-"""What others had of the machine while a candidate trained: the proctor's own account, which no candidate can write."""
+"""What others had of the CPU while a candidate trained: the proctor's own account, which no candidate can write."""
 
+import contextlib
 import os
 import time
 
@@ -8,35 +9,57 @@ class Load:
     """The CPU cores that a trial may use, from the moment that this is made."""
 
     def __init__(self):
-        self.busy, self.began, self.own = busy_seconds(), time.monotonic(), time.process_time()
+        self.began, self.busy, self.used = time.monotonic(), busy_seconds(), used_elsewhere()
 
     def others(self, spent: float) -> float | None:
-        """Share of the cores' time since then that was neither idle nor the `spent` CPU seconds of the candidate.
+        """Share of the cores' time since then that others had, given the CPU seconds that the candidate has `spent`.
 
-        Time that another guest of the same host had (steal) is others' too. None where the system does not tell.
+        That is what the cores were busy without it. But the kernel's account of the candidate can be made to lack what
+        its children have spent (by a parent that ignores their end), and who looks disturbed is heard again: so it is
+        no more than the time that was stolen by other guests of the host, and what processes of others have used.
+        None where the system does not tell.
         """
         seconds = len(self.busy) * (time.monotonic() - self.began)
         if not self.busy or not seconds > 0:
             return None
-        now = busy_seconds()
-        busy = sum(now[core] - before for core, before in self.busy.items() if core in now)
-        others = busy - spent - (time.process_time() - self.own)
-        return round(min(1.0, max(0.0, others / seconds)), 3)
+        now, used = busy_seconds(), used_elsewhere()
+        both = [core for core in self.busy if core in now]
+        busy, stolen = (sum(now[core][kind] - self.busy[core][kind] for core in both) for kind in (0, 1))
+        others = stolen + sum(max(0.0, used[each] - self.used.get(each, 0.0)) for each in used)
+        return round(min(1.0, max(0.0, min(busy - spent, others) / seconds)), 3)
 
 
-def busy_seconds() -> dict[int, float]:
-    """{core: seconds that it was not idle since the start of the system} of the usable cores; {} where not known."""
+def busy_seconds() -> dict[int, tuple[float, float]]:
+    """{core: seconds that it was not idle, and of these stolen} of the usable cores since the start of the system.
+
+    {} where that is not known.
+    """
     import psutil
 
     try:
-        cores = psutil.cpu_times(percpu=True)
+        cores = [core._asdict() for core in psutil.cpu_times(percpu=True)]
     except (OSError, RuntimeError, NotImplementedError):
         return {}
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(cores))
-    # On Linux the time of guests is part of user and nice.
-    waits = ("idle", "iowait", "guest", "guest_nice")
+    waits = ("idle", "iowait", "guest", "guest_nice")  # on Linux the time of guests is part of user and nice
     return {
-        core: sum(seconds for name, seconds in cores[core]._asdict().items() if name not in waits)
+        core: (
+            sum(cores[core].values()) - sum(cores[core].get(name, 0.0) for name in waits),
+            cores[core].get("steal", 0.0),
+        )
         for core in usable
         if core < len(cores)
     }
+
+
+def used_elsewhere() -> dict[tuple[int, float], float]:
+    """{(pid, start): CPU seconds of it and of what it has waited for} of all processes but this one and those below."""
+    import psutil
+
+    own = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
+    used = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid not in own:
+                used[process.pid, process.create_time()] = sum(process.cpu_times()[:4])
+    return used

@@ -67,13 +67,22 @@ def test_what_others_have_of_the_cpu_during_the_training_stands_in_the_record(ho
     assert result.outcome == "ok" and 0.2 < result.others <= 1, result
 
 
-def test_the_candidates_own_time_is_not_others(monkeypatch):
-    cores = [{0: 5.0, 3: 7.0}, {0: 7.0, 3: 8.0}, {0: 7.0, 3: 8.0}]
+@pytest.mark.parametrize(
+    "spent, used, others",
+    [
+        (1.0, {(1, 0.0): 9.0, (2, 5.0): 1.0}, 0.25),  # 3 of 8 s were busy, and the candidate had 1 of them
+        (3.0, {(1, 0.0): 9.0}, 0.0),
+        (0.0, {(1, 0.0): 5.4}, 0.1),  # its children are not in its account, but nobody else has used that much
+    ],
+)
+def test_what_the_candidate_has_used_itself_is_not_others(spent, used, others, monkeypatch):
+    cores = [{0: (5.0, 0.0), 3: (7.0, 1.0)}, {0: (7.0, 0.0), 3: (8.0, 1.4)}]
+    processes = [{(1, 0.0): 5.0}, used]
     monkeypatch.setattr(load, "busy_seconds", lambda: cores.pop(0))
+    monkeypatch.setattr(load, "used_elsewhere", lambda: processes.pop(0))
     measured = load.Load()
-    measured.began -= 4.0  # of two cores: 8 s, of which 3 were busy
-    assert measured.others(spent=1.0) == pytest.approx(0.25, abs=0.02)
-    assert measured.others(spent=4.0) == 0.0
+    measured.began -= 4.0  # of two cores
+    assert measured.others(spent) == pytest.approx(others, abs=0.02)
 
 
 def test_the_candidate_is_given_the_seed_of_the_trial(hold, tmp_path):
