@@ -72,6 +72,7 @@ class Api:
         self.elsewhere = bool(url) and not re.match(r"https://([\w-]+\.)*anthropic\.com(?=[:/]|$)", url)
         if self.elsewhere and not re.match(r"https?://[^/]", url):
             raise Trouble(f"ANTHROPIC_BASE_URL is {url!r}; it should look like http://127.0.0.1:11434, without /v1")
+        self.address = one_line(re.sub("//[^/@]*@", "//", url), 80)  # without a password
         known = any(map(os.environ.get, ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")))
         keys = {"api_key": "none"} if self.elsewhere and not known else {}
         try:
@@ -138,7 +139,8 @@ class Api:
             except anthropic.APIStatusError as error:
                 raise judged(error) from None
             except (anthropic.APIConnectionError, httpx2.HTTPError, OSError) as error:
-                raise Outage(f"no connection to the API ({one_line(error.__cause__ or error, 120)})") from None
+                where = f"ANTHROPIC_BASE_URL, {self.address}," if self.elsewhere else "the API"
+                raise Outage(f"no connection to {where} ({one_line(error.__cause__ or error, 120)})") from None
             except anthropic.APIError as error:
                 raise Outage(f"the API's answer is none ({one_line(error, 120)})") from None
             except anthropic.AnthropicError as error:

@@ -124,7 +124,7 @@ class Measure:
         """Run the best again where nothing could be compared with it otherwise."""
         if not self.greedy and not verdict.noise(self.tag.experiments)[1]:
             for _ in range(verdict.BASELINE_RUNS):  # somebody has deleted the evidence
-                await self._run_best_again("how much a run varies is not known any more", slot)
+                await self._run_best_again("runs/ has lost the runs that tell how much one varies", slot)
         if self.slow_pauses[slot] >= SLOW_PAUSES:
             await self._run_best_again("the machine stays slow", slot)
 

@@ -326,7 +326,7 @@ class Tag:
                 return
             candidate = repository.candidates(self.name)[self.best.commit]
             if repository.run("log", "-1", "--format=%P", candidate) != head:  # somebody has committed meanwhile
-                message = f"{self.best.description}\n\nThe train.py of {self.best.commit}."
+                message = f"back to {self.best.commit}: {self.best.description}\n\nWhat came after it was not better."
                 candidate = repository.commit(head, best, message, self.folder / "candidate.py")
             repository.run("update-ref", ref, candidate, head)
         if repository.branch() == self.branch:

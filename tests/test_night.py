@@ -210,7 +210,7 @@ def test_without_its_evidence_the_noise_is_measured_again(stage):
     shutil.rmtree(stage / "runs")
     ended = subprocess.run([*command, "2"], cwd=stage, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert book(stage)[:2] == rows and ended.stdout.count("how much a run varies is not known any more") == 3
+    assert book(stage)[:2] == rows and ended.stdout.count("runs/ has lost the runs that tell how much one varies") == 3
     best = [row[0] for row in rows if row[3] == "keep"][-1]
     assert len(list((stage / "runs" / "t" / best).glob("*/result.json"))) == 3
 

@@ -928,3 +928,11 @@ def test_the_programme_is_read_for_every_draft_and_the_interface_from_prepare_py
     assert first.origin != second.origin and re.fullmatch(r"[0-9a-f]{12}", second.origin["Program"])
     assert "Look at the embeddings." in server.requests[1]["system"][1]["text"]
     assert "submit(self, model)" in server.requests[0]["system"][2]["text"]
+
+
+def test_an_address_where_nobody_answers_is_named_without_its_password(monkeypatch, tmp_path):
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://me:secret@127.0.0.1:9")
+    said = []
+    options = {"model": "local", "fallback_model": None, "effort": None, "max_cost": None}
+    Api(argparse.Namespace(**options), tmp_path / "costs", lambda text, style="": said.append(text)).check()
+    assert "no connection to ANTHROPIC_BASE_URL, http://127.0.0.1:9," in said[-1] and "secret" not in str(said)
