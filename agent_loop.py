@@ -33,7 +33,7 @@ try:
     from exam import signals
     from exam.files import ROOT
     from exam.sandbox import sandbox_level
-    from lab import launch, report
+    from lab import launch, page, report
     from lab.api import FALLBACK, MODEL
     from lab.book import Experiment, title
     from lab.drafts import Drafts
@@ -53,6 +53,7 @@ except ModuleNotFoundError as missing:  # a fresh clone
     print(f"agent_loop.py: the package {missing.name} is not installed; run: pip install -e .", file=sys.stderr)
     sys.exit(2)
 
+PAGE = ROOT / "report.html"
 PAUSE = 60.0  # seconds until a full disk or a missing GPU is looked at again
 LAUNCH_TRIES = 3  # trials in a row that a slot's launcher loses, until the slot pauses
 AWAY = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)  # of an OSError: a file system of several machines
@@ -172,6 +173,9 @@ class Loop:
             self.drafts.carry_over(experiment, draft, before, base)
         if self.shared:
             self.shared.rows()
+        if PAGE.exists():  # its owner wants to watch it
+            with contextlib.suppress(Trouble, OSError):  # the next row tries again
+                page.write_page(tag, PAGE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,8 +239,8 @@ def parse_arguments():
         parser.error(f"there is no command {arguments.command!r}; it is report, share, or none for a night")
     if arguments.command == "share" and not arguments.share:
         parser.error("share needs to know where: --share REMOTE, a git remote's name, a path or a URL")
-    if (arguments.json or arguments.diff) and arguments.command != "report":
-        parser.error("--json and --diff go with report")
+    if (arguments.json or arguments.diff or arguments.html) and arguments.command != "report":
+        parser.error("--json, --diff and --html go with report")
     of_llm = arguments.model, arguments.fallback_model, arguments.effort, arguments.max_cost
     if any(value is not None for value in of_llm) and arguments.researcher not in (None, "llm", "search"):
         parser.error("--model, --fallback-model, --effort and --max-cost go with llm; a command has options of its own")
@@ -251,6 +255,7 @@ def add_options(add):
     add("command", nargs="?", metavar="report | share", help="what a tag has found: tell it, or give it to others")
     add("--json", action="store_true", help="with report: one JSON object, and nothing else")
     add("--diff", action="store_true", help="with report: train.py's change, baseline to best")
+    add("--html", action="store_true", help="with report: write report.html; each row updates it")
     add("--demo", action="store_true", help="a baseline and five quick experiments; needs nothing")
     add("--tag", metavar="T", help="name of the run (default: the branch's, or today)")
     add("--task", metavar="NAME", help=f"{', '.join(prepare.TASKS)} (default: {prepare.TASK.name})")
@@ -325,7 +330,8 @@ def night(tag: Tag, news: News, console: Console, arguments):
         if tag.experiments and (found := tag.candidate()):
             speak(f"{found[0]} ({found[1].description}) still waits for its trial; the next start holds it", "yellow")
     report.tell(tag, console)
-    news.send("the end", f"{reason}; best val_bpb {tag.best.val_bpb:.6f}")
+    more = f"; see {PAGE.name}" if PAGE.exists() else ""
+    news.send("the end", f"{reason}; best val_bpb {tag.best.val_bpb:.6f}{more}")
     if arguments.demo:
         home = "-" if home == tag.branch else home
         print(f"To throw the demo away:{THROW_AWAY.format(tag=tag.name, home=home)}")
@@ -354,7 +360,11 @@ def main():
         tag = Tag(repository, choose_tag(arguments, repository), speak)
         if arguments.command == "report":
             tag.look()
-            report.show(tag, console, arguments.json, arguments.diff)
+            if arguments.html:
+                page.write_page(tag, PAGE)
+                print(f"page: {PAGE.name}")
+            else:
+                report.show(tag, console, arguments.json, arguments.diff)
             sys.stdout.flush()
         elif arguments.command == "share":
             share(tag, arguments.share)

@@ -29,6 +29,7 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   measure     the runs of one candidate, and whose fault a failure is
   findings    what a tag has found, in numbers
   report      the morning
+  page        the morning as one page
   view        the night on a terminal
   news        the night on a phone
 """

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import threading
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -239,3 +240,63 @@ def test_the_picture_has_room_for_a_discarded_score_below_the_best():
 
 
 RUNS = ((1.0, "keep", "baseline"), (0.8, "discard", "lucky"), (0.0, "crash", "broken"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a page
+
+HOSTILE = '<img src=x onerror=alert(1)> & "quotes" </pre><script>alert(2)</script>'
+
+
+class Seen(HTMLParser):
+    """The tags of a page in order, and its text; fails where one is closed that was not open."""
+
+    VOID = {"meta", "input", "circle", "polyline", "th", "td", "tr", "img", "p"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_tells_the_night_with_every_word_escaped_and_follows_it_from_then_on(stage):
+    train_py = stage / "train.py"
+    apart = train_py.read_text().replace("LR = 0.001  # far", "LR = 0.001\n\n# far")
+    train_py.write_text(apart)
+    subprocess.run(["git", "commit", "-qam", "apart"], cwd=stage, check=True)
+    answers = [
+        edit("LR = 0.001", "LR = 0.01  # </pre><b>", HOSTILE, HOSTILE),
+        edit("CRASH = 0", f"CRASH = 1  # {HOSTILE}", "break it"),
+        edit("WIDTH = 32", "WIDTH = 64", "widen"),
+    ]
+    model = FakeAnthropic(answers)
+    night = [*COMMAND, *QUICK[:-2], "--budget", "0.01", "--max-experiments"]
+    options = {"cwd": stage, "env": os.environ | model.environment(), "capture_output": True, "text": True}
+    assert subprocess.run([*night, "2"], **options).returncode == 0 and not (stage / "report.html").exists()
+    told = report(stage, "--html")
+    assert told.returncode == 0 and told.stdout == "page: report.html\n"
+    page = (stage / "report.html").read_text()
+    seen = Seen(page)
+    assert (
+        [tag for tag, _ in seen.tags].count("script") == 1 and "img" not in dict(seen.tags) and "b" in dict(seen.tags)
+    )
+    assert not [value for _, names in seen.tags for name, value in names.items() if name in ("src", "href", "onerror")]
+    assert HOSTILE in seen.text and "+LR = 0.01  # </pre><b>" in seen.text and "crashing as asked" in seen.text
+    assert "://" not in page and len([tag for tag, names in seen.tags if tag == "circle"]) == 3
+    assert subprocess.run([*night, "3"], **options).returncode == 0
+    model.close()
+    assert "widen" in (stage / "report.html").read_text()
+    assert subprocess.run(["git", "status", "--porcelain", "report.html"], **options).stdout == ""
