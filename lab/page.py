@@ -213,9 +213,12 @@ svg { width: 100%; height: auto; border-bottom: 1px solid var(--line) }
 svg text { font-size: 12px; fill: var(--soft) } polyline { fill: none; stroke-width: 2 }
 .best, .after { stroke: var(--good) } .before { stroke: var(--soft) }
 .keep { fill: var(--good) } .discard { fill: var(--soft); opacity: .6 } .crash { fill: var(--bad) }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+.wide { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-#experiments th { cursor: pointer; white-space: nowrap } #experiments td:nth-child(n+7) { min-width: 14rem }
+td { white-space: nowrap } td:last-child, #experiments td:nth-child(n+7) { white-space: normal; min-width: 14rem }
+#experiments th { cursor: pointer; white-space: nowrap }
+@media (max-width: 600px) { svg text { font-size: 26px } circle { r: 9px } }
 input { font: inherit; width: 100%; box-sizing: border-box; padding: .4rem; margin: .3rem 0; color: inherit;
   background: transparent; border: 1px solid var(--line) }
 details { border-bottom: 1px solid var(--line); padding: .4rem 0 } summary { cursor: pointer }
