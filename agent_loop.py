@@ -151,6 +151,9 @@ class Loop:
             else:
                 experiment, why = await self.measure.measure_baseline(draft, self.slots)
             self.record(experiment, draft, why)
+            if PAGE.exists():  # its owner wants to watch it
+                with contextlib.suppress(Trouble, OSError):  # the next row tries again
+                    await asyncio.to_thread(page.write_page, tag, PAGE)
         finally:
             del drafts.taken[commit]
         return True
@@ -173,9 +176,6 @@ class Loop:
             self.drafts.carry_over(experiment, draft, before, base)
         if self.shared:
             self.shared.rows()
-        if PAGE.exists():  # its owner wants to watch it
-            with contextlib.suppress(Trouble, OSError):  # the next row tries again
-                page.write_page(tag, PAGE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,8 @@ def share(tag: Tag, remotes: list[str]):
         count = len(given.exchange.shared(tag.name))
     if given.left:
         raise Trouble("not everything is shared; nothing is lost, and the same command tries again")
-    tag.say(f"{count} experiments of tag {tag.name} are shared, under the name {given.exchange.who}")
+    of = len(tag.experiments) - 1  # the baseline changes nothing
+    tag.say(f"{count} of {of} experiments of tag {tag.name} are shared, under the name {given.exchange.who}")
 
 
 def main():

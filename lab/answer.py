@@ -184,7 +184,8 @@ def objection(source, base, tried):
         return "The result holds lone surrogates, which cannot be written to a file."
     command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", READ_SOURCES]
     try:
-        ended = subprocess.run(command, input=json.dumps([source, base]), capture_output=True, text=True, timeout=60)
+        options = {"capture_output": True, "text": True, "timeout": 60, "start_new_session": True}  # without Ctrl-C
+        ended = subprocess.run(command, input=json.dumps([source, base]), **options)
         found = json.loads(ended.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         return "The result does not compile: it is nested too deeply, or takes too much time or memory."

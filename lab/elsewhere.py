@@ -9,6 +9,8 @@ import collections
 import dataclasses
 import itertools
 import secrets
+import threading
+import time
 
 from lab.answer import carried_over, objection
 from lab.book import title
@@ -93,7 +95,7 @@ class Replay(Beside):
 # ---------------------------------------------------------------------------------------------------------------------
 # Of other machines
 
-TRIES = 5  # ideas that are looked at for one draft; one that fits nowhere costs no trial, but a moment
+TRIES, SECONDS = 5, 5.0  # for one draft: ideas that are looked at, each of another machine, and how long about
 TOLD = 20  # ideas that the own researcher is told of
 
 
@@ -101,17 +103,20 @@ class Others(Beside):
     """Has an idea of another machine tried beside those of its own researcher, whenever one is due by lab/trust.
 
     What was tried of them is remembered by the commits of their candidates, and so by the Brief: their trailers From
-    (who/tag/commit) and Edit (Idea.key).
+    (who/tag/commit) and Edit (Idea.key). What could not be tried is known until the end of the loop.
     """
 
     def __init__(self, exchange: Exchange, own: Researcher, say: Say):
         super().__init__(own)
         self.exchange, self.say, self.secret = exchange, say, secrets.token_hex()
-        self.turn = asyncio.Lock()  # of choosing
+        self.turn, self.choosing = (
+            asyncio.Lock(),
+            threading.Lock(),
+        )  # one who is cancelled leaves a thread
         self.since: int | None = None  # own drafts since the last idea of others; None until the first draft
-        self.done: set[str] = set()  # keys of ideas that were given, or are not worth a trial
-        self.unfit: set[str] = set()  # of these, what conflicts with the best, and may be of use in words
-        self.unsound: list[Trial] = []  # what could not even be tried
+        self.given: set[str] = set()  # keys of the ideas that were given
+        self.unfit: set[str] = set()  # names of those that are not worth a trial
+        self.unsound: dict[str, tuple[int, Trial]] = {}  # {name: after how many trials, and one that failed}
         self.told: tuple[str, ...] = ()  # what the own researcher is told of others
 
     async def draft(self, brief):
@@ -123,7 +128,7 @@ class Others(Beside):
             draft = await asyncio.to_thread(self.choose, brief)
             if draft:  # nothing is waited for from here on, so that whoever is cancelled loses nothing
                 self.since = 0
-                self.done.add(draft.origin["Edit"])
+                self.given.add(draft.origin["Edit"])
                 return draft
         draft = await self.own.draft(with_ideas(brief, self.told))
         self.since += 1
@@ -135,29 +140,37 @@ class Others(Beside):
     def conflicted(self, draft):
         if draft.origin.get("Researcher") != "others":
             return super().conflicted(draft)
-        self.unfit.add(draft.origin["Edit"])
+        self.unfit.add(draft.origin["From"])
 
     def choose(self, brief: Brief) -> Draft | None:
         """The idea of others that is due, as a change of the best train.py; None where it is an own one's turn."""
-        ideas, tried = self.exchange.ideas(), {origin.get("Edit") for origin in brief.origins.values()}
-        standing = standing_of(ideas)
-        new = {(i.key, i.who): i for i in ideas if i.status == "keep" and (i.gain or 0) > 0 and i.key not in tried}
-        trials = [*filter(None, trials_of(brief.experiments, brief.origins)), *self.unsound]
-        untold = self.done - self.unfit
-        fresh = [idea for idea in new.values() if idea.key not in untold]
-        self.told = in_words(self.promising(fresh, trials, brief.task.name), standing)
-        for _ in range(TRIES):
-            claims = [claim_of(idea, brief.task.name) for idea in new.values() if idea.key not in self.done]
-            claim = next_claim(claims, trials, self.since, self.secret)
-            if not claim:
-                break
-            idea = new[claim.key, claim.who]
-            if draft := self.fitted(idea, brief):
-                self.say(f"from another machine: {idea.name}, {gain_in_words(idea)}, {standing[idea.key]}", "dim")
-                return draft
-            self.done.add(claim.key)
-            trials += [trial for trial in self.unsound if trial not in trials]
-        return None
+        with self.choosing:
+            ideas, ends = self.exchange.ideas(), time.monotonic() + SECONDS
+            standing, tried = standing_of(ideas), {origin.get("Edit") for origin in brief.origins.values()} | self.given
+            kept = [idea for idea in ideas if idea.status == "keep" and (idea.gain or 0) > 0]
+            new = [idea for idea in kept if idea.key not in tried and idea.name not in self.unsound]
+            self.told = in_words(self.promising(new, self.trials(brief), brief.task.name), standing)
+            seen = set()  # who has had an idea looked at for this draft
+            for _ in range(TRIES):
+                left = [idea for idea in new if idea.name not in self.unfit and idea.who not in seen]
+                claims = [claim_of(idea, brief.task.name) for idea in left]
+                claim = next_claim(claims, self.trials(brief), self.since, self.secret)
+                if not claim or time.monotonic() > ends:
+                    break
+                idea = left[claims.index(claim)]
+                if draft := self.fitted(idea, brief):
+                    self.say(f"from another machine: {idea.name}, {gain_in_words(idea)}, {standing[idea.key]}", "dim")
+                    return draft
+                self.unfit.add(idea.name)
+                seen.add(idea.who)
+            return None
+
+    def trials(self, brief: Brief) -> list[Trial]:
+        """What came of ideas of others, in order: those that were tried, and those that could not be."""
+        recorded = [*filter(None, trials_of(brief.experiments, brief.origins))]
+        placed = [*((place, 1, trial) for place, trial in enumerate(recorded))]
+        placed += [(place, 0, trial) for place, trial in self.unsound.values()]
+        return [trial for _, _, trial in sorted(placed, key=lambda each: each[:2])]
 
     def promising(self, ideas, trials: list[Trial], task: str) -> list[Idea]:
         """Ideas in the order in which they are worth telling; among equals, nobody is first by its name."""
@@ -172,15 +185,16 @@ class Others(Beside):
 
     def fitted(self, idea: Idea, brief: Brief) -> Draft | None:
         """An idea as a change of the best train.py; None where that is not worth a trial."""
-        if objection(idea.source, idea.base, frozenset()):  # no machine can have kept it
-            self.unsound.append(Trial(idea.key, idea.who, held=False))
-            return None
         origin = {"Researcher": "others", "From": idea.name, "Edit": idea.key}
         origin |= evidence(idea.gain, idea.gain_in_sigmas)
         draft = Draft(idea.source, title(idea.description), idea.hypothesis, origin, idea.base)
-        source = carried_over(draft, brief.source)
+        source, began = carried_over(draft, brief.source), time.monotonic()
         if source is None:
-            self.unfit.add(idea.key)
+            return None
+        # No machine can have kept what does not compile; what takes long to read would take so at every draft.
+        if objection(idea.source, idea.base, frozenset()) or time.monotonic() - began > SECONDS:
+            trials = len([*filter(None, trials_of(brief.experiments, brief.origins))])
+            self.unsound[idea.name] = trials, Trial(idea.name, idea.who, held=False)
             return None
         if objection(source, brief.source, brief.tried):
             return None

@@ -9,12 +9,12 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import math
 import random
 import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lab.book import title
@@ -78,6 +78,7 @@ BATCH = 50  # experiments that are pushed or fetched at a time
 MOST_A_LOOK = 500  # experiments that are fetched from a remote in one look
 OF_ONE_A_LOOK = 50  # of these, of one peer
 OF_ONE = 1000  # of one peer in all, from a remote
+OF_ONE_BYTES = 2**24  # of memory for what one peer shares
 LEFT_FREE = 2**28  # bytes of the disk
 
 
@@ -102,7 +103,7 @@ class Link(threading.Thread):
         self.wake, self.closing, self.said = threading.Event(), False, set()
         self.to_push = pushes  # perhaps something is left of the last night
         self.to_look, self.next_look, self.looking = False, 0.0, False
-        self.faults, self.resume = 0, 0.0
+        self.faults, self.resume = {"push": 0, "look": 0}, {"push": 0.0, "look": 0.0}  # in a row; time.monotonic()
         self.cut = False  # what it was doing was ended by us
 
     def once(self, text: str):
@@ -122,31 +123,37 @@ class Link(threading.Thread):
 
     def rest(self) -> float | None:
         """Seconds until there is something to do; None where there is nothing."""
-        due = min(0.0 if self.to_push else math.inf, self.next_look if self.to_look else math.inf)
-        return None if due == math.inf else max(0.0, due - time.monotonic(), self.resume - time.monotonic())
+        due = [self.resume["push"]] if self.to_push else []
+        due += [max(self.next_look, self.resume["look"])] if self.to_look else []
+        return max(0.0, min(due) - time.monotonic()) if due else None
 
     def serve(self):
-        """Do what is to be done; a remote that fails is left alone for a while."""
-        reached = False
+        """Do what is due."""
+        now = time.monotonic()
+        if self.to_push and (self.closing or now >= self.resume["push"]):
+            self.to_push = False  # what is added from now on is for the next time
+            self.to_push |= not self.attempt("push", self.push)
+        if self.to_look and not self.closing and now >= max(self.next_look, self.resume["look"]):
+            self.to_look = False
+            self.to_look |= not self.attempt("look", self.look)
+
+    def attempt(self, what: str, work: Callable[[], bool]) -> bool:
+        """Push or look, each of which may fail alone; whether it went well. What fails is left alone for a while."""
         try:
-            if self.to_push:
-                self.to_push = False  # what is added from now on is for the next time
-                reached = self.push()
-            if self.to_look and not self.closing and time.monotonic() >= self.next_look:
-                self.to_look = False
-                self.look()
-                reached = True
-            if self.faults and reached:
+            reached, failing = work(), any(self.faults.values())
+            if reached:
+                self.faults[what] = 0
+            if failing and not any(self.faults.values()):
                 self.say(f"{self.remote.name} can be reached again")
-                self.faults = 0
+            return True
         except Exception as fault:  # of whatever kind, it must not cost the night
             shortest, longest = self.PAUSES
-            self.resume = time.monotonic() + min(longest, shortest * 2 ** min(self.faults, 10))
-            self.to_push, self.to_look = self.pushes, True
-            if not self.faults and not self.cut:
+            self.resume[what] = time.monotonic() + min(longest, shortest * 2 ** min(self.faults[what], 10))
+            if not any(self.faults.values()) and not self.cut:
                 again = "at the next start" if self.closing else "later"
                 self.say(f"{self.remote.name} does not work ({told(fault)}); trying again {again}", "yellow")
-            self.faults += 1
+            self.faults[what] += 1
+            return False
 
     def close(self):
         """Have pushed what is still to be pushed, and end."""
@@ -192,17 +199,19 @@ class Link(threading.Thread):
 
     # -- in
 
-    def look(self):
-        """Fetch what others have shared since."""
+    def look(self) -> bool:
+        """Fetch what others have shared since; whether the remote was asked."""
         self.store.open_inbox(self.remote.inbox)  # another loop may have fetched some
         if self.store.full:
-            return self.once("as much was fetched as is held; what is new is left there")
+            self.once("as much was fetched as is held; what is new is left there")
+            return False
         self.looking = True
         try:
             ends = time.monotonic() + self.LOOK_SECONDS
             chosen = fair_choice(self.offers())
             for start in range(0, len(chosen), BATCH):
                 self.fetch(chosen[start : start + BATCH], ends)
+            return True
         finally:
             self.looking = False
             self.next_look = time.monotonic() + self.LOOK_EVERY
@@ -224,7 +233,8 @@ class Link(threading.Thread):
             if not named or not re.fullmatch("[0-9a-f]{40}", commit) or not ref.startswith("refs/autoresearch/"):
                 continue
             who = named[1]
-            if who not in own and named[0] not in known and (inbox, commit) not in rejected and held[who] < OF_ONE:
+            room = held[who] < OF_ONE and self.store.held_of[who] < OF_ONE_BYTES
+            if room and who not in own and named[0] not in known and (inbox, commit) not in rejected:
                 offers.setdefault(who, []).append((named[0], commit))
         return offers
 
@@ -325,10 +335,12 @@ class Exchange:
         ends = time.monotonic() + seconds
         for link in self.links:
             link.close()
-        for link in self.links:
-            link.join(max(0.0, ends - time.monotonic()))
-        for link in self.links:
-            link.end()
+        try:
+            for link in self.links:
+                link.join(max(0.0, ends - time.monotonic()))
+        finally:  # whoever is in a hurry leaves nothing behind either
+            for link in self.links:
+                link.end()
         try:
             return sum(len(self.store.names(f"outbox/{outbox}")) for outbox in self.outboxes)
         except Fault:

@@ -168,7 +168,7 @@ def checked(field: str, value):
 # ---------------------------------------------------------------------------------------------------------------------
 # When two edits are the same
 
-MOST_CHANGED = 300  # lines; of a larger edit the whole file counts
+MOST_CHANGED = 100  # lines; of a larger edit the whole file counts
 MOST_LINES = 10_000  # of a file that is compared line by line
 
 

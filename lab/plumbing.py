@@ -81,7 +81,7 @@ SECONDS = 60.0  # for one command
 LIMITED = 'ulimit -f {}; ulimit -v {} 2>/dev/null; exec nice -n {} git "$@"'
 
 
-class Fault(Exception):
+class Fault(Trouble):
     """A git command that failed, with git's words; `output` is what it wrote until then."""
 
     output = b""

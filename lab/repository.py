@@ -98,7 +98,8 @@ class Repository:
         """{short hash: full hash} of all commits under refs/autoresearch/<tag>/, oldest first."""
         form = "--format=%(refname:lstrip=3) %(objectname)"
         listed = self.run("for-each-ref", "--sort=creatordate", form, f"refs/autoresearch/{tag}/")
-        return dict(line.split() for line in listed.splitlines())
+        named = dict(line.split() for line in listed.splitlines())
+        return {short: full for short, full in named.items() if re.fullmatch("[0-9a-f]{4,40}", short)}
 
     # -- what is added
 

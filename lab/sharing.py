@@ -9,7 +9,6 @@ from lab.book import Experiment
 from lab.elsewhere import standing_of, trials_of
 from lab.exchange import Exchange, arrived
 from lab.peers import Idea, edit_key
-from lab.plumbing import Fault
 from lab.researcher import Draft
 from lab.tag import Tag
 from lab.verdict import comparable, noise
@@ -98,13 +97,15 @@ class Heard:
 
 def heard(tag: Tag) -> list[Heard]:
     """Of the kept changes of a tag, those that other machines say they have tried."""
-    standing, drafts = standing_of(arrived(tag.repository)), tag.drafts()
     found = []
-    for e in tag.experiments:
-        if e.status == "keep" and e.commit in drafts and (base := tag.base(e.commit)):
-            key = drafts[e.commit].origin.get("Edit") or edit_key(tag.text(base.commit), tag.text(e.commit))
-            if key in standing:
-                found.append(Heard(e.commit, e.description, len(standing[key].kept), len(standing[key].tried)))
+    with contextlib.suppress(Trouble, OSError):  # what cannot be read is not known
+        standing = standing_of(arrived(tag.repository)) if tag.settings else {}
+        drafts = tag.drafts() if standing else {}
+        for e in tag.experiments:
+            if e.status == "keep" and e.commit in drafts and (base := tag.base(e.commit)):
+                key = drafts[e.commit].origin.get("Edit") or edit_key(tag.text(base.commit), tag.text(e.commit))
+                if key in standing:
+                    found.append(Heard(e.commit, e.description, len(standing[key].kept), len(standing[key].tried)))
     return found
 
 
@@ -129,7 +130,7 @@ class Sharing:
             for experiment in self.tag.experiments:
                 if experiment.commit not in done:
                     self.row(experiment, drafts)
-        except (Pause, Fault, OSError) as fault:  # the next row tries again
+        except (Trouble, OSError) as fault:  # the next row tries again
             self.tag.say(f"what is new is not shared yet: {one_line(fault, 200)}", "yellow")
 
     def row(self, experiment: Experiment, drafts: dict[str, Draft]):
@@ -148,15 +149,15 @@ class Sharing:
 
 
 @contextlib.contextmanager
-def sharing(tag: Tag, shares_to: list[str], peers: list[str], seconds=CLOSING):
+def sharing(tag: Tag, shares_to: list[str], takes_from: list[str], seconds=CLOSING):
     """The Sharing of a tag for the duration of a night, with git remotes by name, path or URL; None without any.
 
     seconds: that the last pushes get. Raises Trouble for what cannot be a remote.
     """
-    if not shares_to and not peers:
+    if not shares_to and not takes_from:
         yield None
         return
-    exchange = Exchange(tag.repository, tuple(peers), tuple(shares_to), tag.say)
+    exchange = Exchange(tag.repository, tuple(takes_from), tuple(shares_to), tag.say)
     given = Sharing(tag, exchange)
     try:
         yield given

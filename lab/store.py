@@ -11,6 +11,7 @@ gets out. Its refs, with <name> for <who>/<tag>/<commit> and <remote> for a hash
 Each is a commit without parents whose tree holds train.py, base.py and result.json.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -35,6 +36,7 @@ COMMIT_BYTES = 2**14  # a signature included
 COMMIT = re.compile(rb"tree ([0-9a-f]{40})\nauthor ")  # without a parent
 TREE = re.compile(rb"100644 base\.py\0(.{20})100644 result\.json\0(.{20})100644 train\.py\0(.{20})", re.DOTALL)
 MOST_TEXT = 2**28  # bytes of memory for the files of others, each counted once
+OVERHEAD = 2000  # bytes of an idea besides its files
 MOST_REJECTED = 100_000  # objects that are remembered as not worth fetching
 UNSOUND, FAILED = "unsound", "failed"  # what is remembered of them
 FAILURES = 2  # until what cannot be fetched is given up
@@ -55,7 +57,7 @@ class Store:
         self.lock = threading.Lock()
         self.inboxes: dict[str, dict[str, Idea]] = {}
         self.texts: dict[str, str] = {}  # one of each
-        self.held = 0  # bytes of them
+        self.held, self.held_of = 0, collections.Counter()  # bytes of them and of the rest, in all and {who: bytes}
         self._make(repository)
         self._tidy()
         self.who = owners(repository, "autoresearch.name") or self._config("autoresearch.who")
@@ -195,10 +197,14 @@ class Store:
 
     def _hold(self, inbox, name, idea):
         with self.lock:
+            tables = [text for table in (idea.versions, idea.sha256) for item in table.items() for text in item]
+            size = sum(map(sys.getsizeof, tables)) + OVERHEAD
             for text in (idea.source, idea.base):
                 if text not in self.texts:
                     self.texts[text] = text
-                    self.held += sys.getsizeof(text)
+                    size += sys.getsizeof(text)
+            self.held += size
+            self.held_of[idea.who] += size
             # Most files are the edit of one and the base of others.
             idea = dataclasses.replace(idea, source=self.texts[idea.source], base=self.texts[idea.base])
             self.inboxes.setdefault(inbox, {})[name] = idea

@@ -42,7 +42,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """An idea of `who` was tried here."""
+    """An idea of `who` was tried here, or was such that it could not be."""
 
     key: str
     who: str
@@ -102,7 +102,7 @@ def next_claim(claims, trials, since, secret="") -> Claim | None:
             ideas[claim.key].append(claim)
     due, most = [], (False, 0.0)
     for same in ideas.values():
-        first, chance = _heard(same, record)
+        first, chance = _heard(same, record, secret)
         if (since + 1) * chance >= PAUSE:
             rank = first.same_task, min(first.sigmas, CAP) * chance
             due, most = ([], rank) if rank > most else (due, most)
@@ -111,7 +111,7 @@ def next_claim(claims, trials, since, secret="") -> Claim | None:
     return min(due, key=lambda claim: (draw(secret, claim.who), draw(secret, claim.key)), default=None)
 
 
-def _heard(claims, record):
+def _heard(claims, record, secret):
     """(the claim of the most trusted of those who say the same, the chance that it holds).
 
     The others add to the chance if their own ideas have held here: it is that at least one of them is right.
@@ -119,7 +119,7 @@ def _heard(claims, record):
     first = claims[0]
     if len(claims) == 1:
         return first, record.chance(first.who)
-    first = max(claims, key=lambda claim: (record.chance(claim.who), min(claim.sigmas, CAP), claim.who))
+    first = max(claims, key=lambda c: (record.chance(c.who), min(c.sigmas, CAP), draw(secret, c.who)))
     others = {claim.who for claim in claims if claim.who != first.who and record.vouches(claim.who)}
     wrong = math.prod(1 - record.chance(who) for who in [first.who, *sorted(others)])
     return first, 1 - wrong

@@ -18,6 +18,11 @@ from test_loop import book, book_or_nothing, refused
 from test_night import git_in, kill_again_and_again
 from test_peers import IDEA
 from test_replay import APART, TINY, change
+from test_researcher import BRIEF
+
+from lab.elsewhere import Others
+from lab.researcher import Search
+from lab.trust import Claim, next_claim
 
 QUICK = "\n\nLink.LOOK_EVERY, Link.PAUSES = 0.0, (0.2, 0.5)\n"  # nothing waits for minutes
 
@@ -131,7 +136,7 @@ def test_what_was_found_before_is_shared_once_when_the_night_is_over(machine, re
     assert "not everything is shared; nothing is lost, and the same command tries again" in gone.stderr
     for _ in range(2):
         ended = loop(a, "share", "--share", remote)
-        assert ended.returncode == 0 and "3 experiments of tag t are shared, under the name ada" in ended.stdout
+        assert ended.returncode == 0 and "3 of 3 experiments of tag t are shared, under the name ada" in ended.stdout
     assert {name.split("/")[2] for name in shared(remote)} == {row[0] for row in book(a)[1:]}
 
 
@@ -239,3 +244,87 @@ def test_a_train_py_that_is_no_text_is_not_shared_and_holds_up_no_other(machine,
     rows = book(a)
     assert rows[2][3] == "crash" and said.count("is not UTF-8 text") == 1
     assert {name.split("/")[2] for name in shared(remote)} == {row[0] for row in [rows[1], *rows[3:]]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which idea is taken, and what a store that is damaged costs
+
+
+class Shelf:
+    """An exchange that has what a test puts there."""
+
+    def __init__(self, *ideas):
+        self.shelf = ideas
+
+    def ideas(self):
+        return self.shelf
+
+    def look(self):
+        pass
+
+
+def idea_from(name, source, base, **claims):
+    who, tag, commit = name.split("/")
+    claims = {"val_bpb": 3.5, "base_bpb": 4.0, "sigma": 0.001, "task": "demo"} | claims
+    return dataclasses.replace(IDEA, who=who, tag=tag, commit=commit, source=source, base=base, **claims)
+
+
+def taken(*ideas):
+    """From whom the first idea of others is, after some own ones, and what is known to be unsound."""
+    others = Others(Shelf(*ideas), Search(), lambda *_: None)
+    others.since = 9
+    draft = others.choose(BRIEF)
+    return (draft and draft.origin["From"]), [trial.who for trial in others.trials(BRIEF)]
+
+
+GOOD = BRIEF.source.replace("LR = 0.001", "LR = 0.01")
+
+
+@pytest.mark.parametrize("junk", ["junk (\n", "another file\n" * 300])
+@pytest.mark.parametrize("who", ["mallory", "bob", "a"])
+def test_a_broken_twin_does_not_keep_an_idea_from_being_tried(junk, who):
+    """Its edit has the same lines, and so the same key."""
+    honest = idea_from("bob/t/1", GOOD, BRIEF.source)
+    twin = idea_from(f"{who}/t/2", junk + GOOD, junk + BRIEF.source)
+    assert twin.key == honest.key and {taken(honest, twin)[0] for _ in range(5)} <= {"bob/t/1", None}
+    others = Others(Shelf(honest, twin), Search(), lambda *_: None)
+    drafts = []
+    for _ in range(4):
+        others.since = 20
+        drafts.append(others.choose(BRIEF))
+    assert "bob/t/1" in [draft.origin["From"] for draft in drafts if draft]
+
+
+def test_what_does_not_compile_counts_against_who_shares_it():
+    bad = BRIEF.source.replace("LR = 0.001", "LR = (")
+    assert taken(idea_from("mallory/t/1", bad, BRIEF.source)) == (None, ["mallory"])
+
+
+def test_the_credit_of_a_copied_idea_goes_to_nobody_by_its_name():
+    claims = [Claim("k", who, 9.0, True) for who in ("bob", "zz")]
+    assert {next_claim(claims, [], 9, str(secret)).who for secret in range(40)} == {"bob", "zz"}
+
+
+def test_a_store_that_is_damaged_ends_neither_a_night_nor_a_report(machine, remote):
+    a = machine("ada")
+    night(a, remote, most=1)
+    assert loop(a, "report", "--html").returncode == 0
+    with open(a / ".git/autoresearch-shared.git/packed-refs", "a") as file:
+        file.write("12345 torn\n")
+    ended = loop(a, *TINY, "--tag", "t", "--researcher", "search", "--max-experiments", "3")
+    assert ended.returncode == 0 and len(book(a)) == 4, ended.stderr
+    assert loop(a, "report").returncode == 0
+    (a / "runs" / "t" / "meta.json").unlink()
+    assert loop(a, "report").returncode == 0
+
+
+def test_a_remote_that_takes_nothing_still_gives(machine, remote):
+    a = machine("ada")
+    hook = remote / "hooks" / "pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    base = (a / "train.py").read_text()
+    plant_idea(remote, "bob/t/0", base.replace("WIDTH = 32", "WIDTH = 64"), base, description="wider")
+    said = night(a, remote, most=6)
+    assert said.count("does not work") == 1 and "from another machine: bob/t/0" in said
