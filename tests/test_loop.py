@@ -323,7 +323,7 @@ def test_every_program_explains_itself_within_a_screen(run):
         (["--max-cost", "-1"], "-1 is not above 0"),
         (["--max-experiments", "-1"], "-1 is below 0"),
         (["share"], "share needs to know where: --share REMOTE"),
-        (["--json"], "--json and --diff go with report"),
+        (["--html"], "--json, --diff and --html go with report"),
     ],
 )
 def test_what_cannot_be_meant_is_told_with_what_can(arguments, message, home, loop):
