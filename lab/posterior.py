@@ -119,10 +119,13 @@ def _after(belief, scores):
     """The belief after one more experiment: its kind, the best's level, and how well it fits."""
     sigma, level, runs = belief.sigma, belief.level, scores.runs
     fit = belief.fit + _fit_of_repeats(scores, sigma)
+    if not runs and scores.kept:  # what comes next was compared with one that is not known here
+        return dataclasses.replace(belief, fit=fit, level=None)
     if not runs or level is None and not scores.kept:
         return dataclasses.replace(belief, fit=fit)
     if level is None:
-        return dataclasses.replace(belief, fit=fit, level=scores.mean, variance=1 / runs, lowest=scores.mean)
+        lowest = min(belief.lowest, scores.mean)
+        return dataclasses.replace(belief, fit=fit, level=scores.mean, variance=1 / runs, lowest=lowest)
     gap, variance = (level - scores.mean) / sigma, belief.variance + 1 / runs
     shares, likelihood = _shares(gap, variance, belief.ideas)
     gain, spread = _moments(gap, variance, shares)
