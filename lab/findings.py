@@ -65,7 +65,8 @@ class Findings:
         if self.best is self.baseline:
             return f"val_bpb: baseline {self.baseline.val_bpb:.6f}, and nothing better was kept"
         scores = f"baseline {self.baseline.val_bpb:.6f} -> best {self.best.val_bpb:.6f}"
-        return f"val_bpb: {scores}, {self.gain:.6f} ({self.gain_percent:.2f}%) lower"
+        runs = ", by the runs that compare" * (abs(self.baseline.val_bpb - self.best.val_bpb - self.gain) > 1e-6)
+        return f"val_bpb: {scores}, {self.gain:.6f} ({self.gain_percent:.2f}%) lower{runs}"
 
 
 def find(tag: Tag) -> Findings:

@@ -84,17 +84,14 @@ def comparable(candidate: Experiment, best: Experiment) -> tuple[list[float], li
 
 
 def difference(experiment: Experiment, best: Experiment) -> float | None:
-    """val_bpb of an experiment minus that of another; None for a crash, and where they ran on devices that differ.
+    """val_bpb of an experiment minus that of another, by the runs that compare, as the verdict takes them.
 
-    Of devices that differ the runs that compare are taken, if there are any.
+    None for a crash, and where no runs do.
     """
-    if experiment.status == "crash":
-        return None
-    devices = {statistics.mode(run.device for run in each.runs) for each in (experiment, best) if each.runs} - {""}
-    if len(devices) < 2:
-        return experiment.val_bpb - best.val_bpb
     scores, rivals = comparable(experiment, best)
-    return statistics.fmean(scores) - statistics.fmean(rivals) if rivals else None
+    if experiment.status == "crash" or not rivals:
+        return None
+    return statistics.fmean(scores) - statistics.fmean(rivals)
 
 
 def changes(experiments) -> list[tuple[Experiment, float | None]]:

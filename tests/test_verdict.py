@@ -201,3 +201,12 @@ def test_a_baseline_runs_three_times_and_once_for_the_greedy():
     decisions = [verdict.judge_baseline(experiment(*[(1.0, 100)] * count)).decision for count in (1, 2, 3)]
     assert decisions == ["again", "again", "keep"]
     assert verdict.judge_baseline(experiment((1.0, 100)), greedy=True).decision == "keep"
+
+
+def test_the_difference_that_is_told_is_that_of_the_runs_that_are_compared():
+    """A candidate on a fast machine that loses to the best's run there is not told to be better than its slow ones."""
+    best = experiment((1.00, 5e12), (0.90, 9e12))
+    candidate = experiment((0.93, 9e12), val_bpb=0.93)
+    assert verdict.difference(candidate, best) == pytest.approx(0.03)
+    assert verdict.difference(dataclasses.replace(candidate, status="crash"), best) is None
+    assert verdict.difference(experiment(val_bpb=0.8), experiment(val_bpb=0.9)) == pytest.approx(-0.1)
