@@ -72,6 +72,7 @@ class Loop:
         self.most: int | None = None  # experiments of the tag besides its baseline
         self.ends = math.inf  # time.monotonic() from which no experiment is to begin
         self.shared: Sharing | None = None
+        self.page = asyncio.Lock()  # held by the slot that writes it
         self.reason: str | None = None  # why none is to follow
         self.trouble: Trouble | None = None
 
@@ -151,12 +152,17 @@ class Loop:
             else:
                 experiment, why = await self.measure.measure_baseline(draft, self.slots)
             self.record(experiment, draft, why)
-            if PAGE.exists():  # its owner wants to watch it
-                with contextlib.suppress(Trouble, OSError):  # the next row tries again
-                    await asyncio.to_thread(page.write_page, tag, PAGE)
+            await self.update_page()
         finally:
             del drafts.taken[commit]
         return True
+
+    async def update_page(self):
+        """Bring report.html up to date where there is one, since its owner wants to watch it."""
+        async with self.page:
+            if PAGE.exists():
+                with contextlib.suppress(Trouble, OSError):  # the next row tries again
+                    await asyncio.to_thread(page.write_page, self.tag, PAGE)
 
     def record(self, experiment: Experiment, draft: Draft, why: str):
         """Write the row of a finished experiment, and tell of it whom it concerns."""

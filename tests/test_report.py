@@ -300,3 +300,14 @@ def test_the_page_tells_the_night_with_every_word_escaped_and_follows_it_from_th
     model.close()
     assert "widen" in (stage / "report.html").read_text()
     assert subprocess.run(["git", "status", "--porcelain", "report.html"], **options).stdout == ""
+
+
+def test_slots_that_end_at_the_same_moment_leave_one_whole_page(stage):
+    (stage / "report.html").touch()
+    slots = ["--launch", "env {}", "--parallel", "3", "--researcher", "search", "--max-experiments", "9"]
+    ended = subprocess.run(
+        [*COMMAND, *QUICK[:-2], "--budget", "0.01", *slots], cwd=stage, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    seen = Seen((stage / "report.html").read_text())
+    assert len([tag for tag, _ in seen.tags if tag == "circle"]) == 10 and not list(stage.glob("*.tmp"))
