@@ -38,7 +38,7 @@ def busy_seconds() -> dict[int, tuple[float, float]]:
 
     try:
         cores = [core._asdict() for core in psutil.cpu_times(percpu=True)]
-    except (OSError, RuntimeError, NotImplementedError):
+    except (OSError, RuntimeError):  # a system that it is not implemented for among them
         return {}
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(cores))
     waits = ("idle", "iowait", "guest", "guest_nice")  # on Linux the time of guests is part of user and nice

@@ -109,10 +109,8 @@ class Others(Beside):
     def __init__(self, exchange: Exchange, own: Researcher, say: Say):
         super().__init__(own)
         self.exchange, self.say, self.secret = exchange, say, secrets.token_hex()
-        self.turn, self.choosing = (
-            asyncio.Lock(),
-            threading.Lock(),
-        )  # one who is cancelled leaves a thread
+        self.turn = asyncio.Lock()
+        self.choosing = threading.Lock()  # whoever is cancelled in turn leaves a thread behind
         self.since: int | None = None  # own drafts since the last idea of others; None until the first draft
         self.given: set[str] = set()  # keys of the ideas that were given
         self.unfit: set[str] = set()  # names of those that are not worth a trial
@@ -236,12 +234,13 @@ class Standing:
 
 
 def standing_of(ideas) -> dict[str, Standing]:
-    """{key: Standing} of the edits of some ideas."""
-    found = collections.defaultdict(Standing)
+    """{key: Standing} of the edits of some ideas; one that repeats another, as it says, counts for both edits."""
+    found, named = collections.defaultdict(Standing), {idea.name: idea.key for idea in ideas}
     for idea in ideas:
-        found[idea.key].tried.add(idea.who)
-        if idea.status == "keep":
-            found[idea.key].kept.add(idea.who)
+        for key in {idea.key, named.get(idea.of, idea.key)}:
+            found[key].tried.add(idea.who)
+            if idea.status == "keep":
+                found[key].kept.add(idea.who)
     return found
 
 

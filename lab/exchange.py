@@ -276,6 +276,11 @@ class Exchange:
     def __init__(self, repository: Repository, remotes: tuple[str, ...], shares_to: tuple[str, ...], say: Say):
         pushed = {find_remote(repository, text): True for text in shares_to}
         found = {find_remote(repository, text): False for text in remotes} | pushed
+        own = {Path(place).resolve() for place in (repository.repo.working_dir, repository.repo.common_dir)}
+        places = {remote.fetched for remote in found} | {remote.pushed for remote in found}
+        if own & {Path(place.removeprefix("file://")).resolve() for place in places}:
+            # What others share would pass for candidates of its owner's.
+            raise Trouble("this repository cannot be its own remote; make one: git init --bare ../ideas.git")
         self.store, self.say, self.faults = Store(repository), say, set()
         self.who = self.store.who  # what this machine is called by others
         self.inboxes = [remote.inbox for remote in found]

@@ -8,7 +8,7 @@ import statistics
 from lab.book import Experiment
 from lab.elsewhere import standing_of, trials_of
 from lab.exchange import Exchange, arrived
-from lab.peers import Idea, edit_key
+from lab.peers import FULL_NAME, Idea, edit_key
 from lab.researcher import Draft
 from lab.tag import Tag
 from lab.verdict import comparable, noise
@@ -157,6 +157,8 @@ def sharing(tag: Tag, shares_to: list[str], takes_from: list[str], seconds=CLOSI
     if not shares_to and not takes_from:
         yield None
         return
+    if shares_to and not FULL_NAME.fullmatch(f"who/{tag.name}/0000000"):
+        raise Trouble(f"a tag named {tag.name[:80]} cannot be shared; give one of at most 64 letters")
     exchange = Exchange(tag.repository, tuple(takes_from), tuple(shares_to), tag.say)
     given = Sharing(tag, exchange)
     try:

@@ -20,7 +20,7 @@ from test_peers import IDEA
 from test_replay import APART, TINY, change
 from test_researcher import BRIEF
 
-from lab.elsewhere import Others
+from lab.elsewhere import Others, standing_of
 from lab.researcher import Search
 from lab.trust import Claim, next_claim
 
@@ -328,3 +328,21 @@ def test_a_remote_that_takes_nothing_still_gives(machine, remote):
     plant_idea(remote, "bob/t/0", base.replace("WIDTH = 32", "WIDTH = 64"), base, description="wider")
     said = night(a, remote, most=6)
     assert said.count("does not work") == 1 and "from another machine: bob/t/0" in said
+
+
+def test_who_repeats_an_idea_counts_for_it_even_where_the_merge_has_changed_its_lines():
+    first = idea_from("bob/t/1", GOOD, BRIEF.source)
+    other = GOOD.replace("WIDTH = 32", "WIDTH = 33")
+    again = idea_from("cleo/t/2", other, BRIEF.source, of="bob/t/1")
+    failed = idea_from("dan/t/3", other + "\n# x\n", BRIEF.source, of="bob/t/1", status="discard")
+    assert first.key != again.key and str(standing_of([first, again, failed])[first.key]).startswith("kept by 2 of 3")
+
+
+def test_a_repository_is_not_its_own_remote_and_a_tag_that_no_ref_can_name_is_not_shared(machine, remote):
+    a = machine("ada")
+    for place in (".", a, f"file://{a}/.git"):
+        arguments = [*TINY, "--tag", "t", "--researcher", "search", "--share", place]
+        refused(loop(a, *arguments), "this repository cannot be its own remote")
+    ended = loop(a, *TINY, "--tag", "t" * 70, "--researcher", "search", "--share", remote)
+    refused(ended, "cannot be shared; give one of at most 64 letters")
+    assert not (a / "results.tsv").exists()
