@@ -4,8 +4,9 @@ No import runs back up this list, and none leads from here to agent_loop.py:
 
   book        Experiment, results.tsv
   curve       loss curves
-  posterior   P(better) by Bayes' rule on the scores of a night; groundwork, which the verdict does not use yet
+  posterior   P(better) by Bayes' rule on the scores of a night
   verdict     noise, which runs compare, better or not, run again or not: pure functions
+  simpler     whether a change only takes code away
   trust       which idea of others is tried next, and when: pure functions
   repository  git
   researcher  Draft, Brief, Researcher; the built-in search

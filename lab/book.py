@@ -32,6 +32,7 @@ class Experiment:
     status: str
     description: str
     runs: tuple[Run, ...] = ()
+    base: str = ""  # commit of the experiment whose train.py it changes; "" where that is not known
 
     @property
     def row(self):

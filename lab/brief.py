@@ -7,10 +7,11 @@ from lab.book import Experiment
 from lab.curve import loss_at, read_curve
 from lab.researcher import Brief
 from lab.tag import Tag
-from lab.verdict import noise
+from lab.verdict import certainties, noise
 from prepare import one_line
 
 CURVES = 3  # of the last experiments that are told, besides those of the best and of what it was made from
+WEIGHED = 40  # last experiments of which P(better) is told
 POINTS = 10  # of a curve, over the budget
 
 
@@ -29,6 +30,7 @@ def make_brief(tag: Tag, running: tuple[str, ...] = (), left: str = "") -> Brief
         left=left,
         facts=facts(tag, commit) if kept else "",
         said=opening(tag.path(commit, 0) / "log.txt") if kept else "",
+        certainties=certainties(tag.experiments, [e.commit for e in tag.experiments[-WEIGHED:]]),
         curves=curves(tag, kept),
         tried=tag.tried(),
         sources={e.commit: tag.source(e.commit).decode(errors="replace") for e in kept},

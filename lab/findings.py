@@ -12,7 +12,7 @@ from lab.api import TOKENS
 from lab.book import Experiment, best_of
 from lab.curve import json_lines
 from lab.tag import Tag
-from lab.verdict import changes, comparable, difference, noise, probability_better
+from lab.verdict import certainties, changes, confidence, difference, noise
 from prepare import one_line
 
 
@@ -24,6 +24,7 @@ class Change:
     val_bpb: float
     gain: float
     description: str
+    certainty: float | None = None  # P(better) than that best, by what was known then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +88,34 @@ def find(tag: Tag) -> Findings:
     if not best:
         return found
     first = next(e for e in rows if e.status == "keep")
-    lower, varies, confidence = difference(best, first), noise(rows), None
+    lower, sigma = difference(best, first), noise(rows)[0]
     gain = first.val_bpb - best.val_bpb if lower is None else -lower
-    if varies[0] > 0 and best is not first:
-        scores, others = comparable(best, first)
-        confidence = probability_better(scores, others, varies) if others else None
     percent = 100 * gain / first.val_bpb if first.val_bpb else 0.0
-    sigma = varies[0] if varies[0] > 0 else None
     known = {"baseline": first, "best": best, "gain": gain, "gain_percent": percent}
-    return dataclasses.replace(found, **known, sigma=sigma, confidence=confidence)
+    return dataclasses.replace(found, **known, sigma=sigma if sigma > 0 else None)
+
+
+NEAREST = 5  # misses that are told
+
+
+def weighed(found: Findings) -> Findings:
+    """The findings with how sure they are, which takes a look at all of them for each kept change and near miss."""
+    if not found.best:
+        return found
+    rows = list(found.rows)
+    told = [*found.kept, *nearest(found)]
+    sure = certainties(rows, {change.commit for change in told})
+    kept, discarded = (
+        tuple(dataclasses.replace(change, certainty=sure.get(change.commit)) for change in some)
+        for some in (found.kept, found.discarded)
+    )
+    whole = confidence(rows, found.best, found.baseline)
+    return dataclasses.replace(found, kept=kept, discarded=discarded, confidence=whole)
+
+
+def nearest(found: Findings) -> list[Change]:
+    """The discarded ones that missed by least, in that order."""
+    return sorted(found.discarded, key=lambda change: -change.gain)[:NEAREST]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from exam.result import Result
 from lab import launch, verdict
 from lab.book import Experiment
 from lab.researcher import Draft, Say
+from lab.simpler import only_deletes
 from lab.slots import POLL, Running, Slot, end_all
 from lab.tag import Tag
 from prepare import Pause, Trouble, one_line
@@ -111,8 +112,9 @@ class Measure:
         return True
 
     def _judge(self, experiment, compared):
-        best = self.tag.best
-        return verdict.judge(experiment, best, self.tag.experiments, self.greedy, best.commit == compared)
+        tag, best = self.tag, self.tag.best
+        deletes = only_deletes(tag.source(experiment.commit), tag.source(best.commit))
+        return verdict.judge(experiment, best, tag.experiments, self.greedy, best.commit == compared, deletes)
 
     def beats(self, experiment: Experiment, base: Experiment) -> bool:
         """Whether a finished candidate is worth carrying over, since its base is not the best any more."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from exam.files import write_atomically
 from lab.book import Experiment
 from lab.curve import loss_at, read_curve
-from lab.findings import Findings, find, trials
+from lab.findings import Findings, find, trials, weighed
 from lab.report import certainty, expenses, failures, paces, transfer_rows
 from lab.sharing import heard, peers
 from lab.tag import Tag
@@ -30,7 +30,7 @@ def write_page(tag: Tag, path: Path):
 
 def page(tag: Tag) -> str:
     """The page of a tag, as HTML."""
-    found = find(tag)
+    found = weighed(find(tag))
     if not found.best:
         body = [f"<h1>{escape(found.tag)}</h1><p>nothing was kept yet, not even a baseline</p>"]
     else:

@@ -33,6 +33,7 @@ IDEAS = tuple(
     IMAGINED * (USELESS if not side else (GAINING if side > 0 else 1 - GAINING - USELESS) / (len(SIZES) + 1))
     for _, side in KINDS
 )
+LEAST = 1e-9  # bits per byte; a sigma below it says that a run gives the same score each time
 NOISES = range(-2, 6)  # steps of sqrt(2) from the pooled sigma, which may well be far too small and less so too large
 
 
@@ -82,7 +83,7 @@ def probability_of_no_loss(history: tuple[Scores, ...], candidate: Scores, margi
 def _probability(history, candidate, ideas, wanted):
     """P(the candidate gains more than wanted(belief), in sigma)."""
     sigma = pooled([*history, candidate])[0]
-    if not sigma > 0:
+    if not sigma > LEAST:
         best = [scores for scores in history if scores.kept and scores.runs][-1]
         return float(candidate.mean < best.mean)
     step, found = round(2 * math.log2(sigma)), []

@@ -13,7 +13,7 @@ import prepare
 from exam.files import ROOT
 from lab.book import STATUSES, best_of
 from lab.researcher import Brief, Failure
-from lab.verdict import changes
+from lab.verdict import IN_DOUBT, KEEP_AT, changes
 from prepare import one_line
 
 MARK = f"data-{secrets.token_hex(6)}"  # drawn for this process, so that no text can have been written to contain it
@@ -174,8 +174,10 @@ def place_among(number, writers):
         )
 
 
-NOISE = """Runs of equal code differ by chance: the standard deviation of one is {:.6f}. A candidate is kept when it is
-better with enough probability given that, after one to three runs.
+NOISE = f"""Runs of equal code differ by chance: sigma, the standard deviation of one, is {{:.6f}}. P is the probability
+that a change was better than the best of its time, by all scores and by how often and how much ideas have gained.
+From {KEEP_AT:.0%} it is kept; from {IN_DOUBT[0]:.0%} to {IN_DOUBT[1]:.0%} it first runs once more. What only deletes
+code is kept where it is not worse by more than sigma.
 """
 
 
@@ -184,15 +186,16 @@ def rows(brief):
     short, full = [], []
     for e, change in changes(brief.experiments):
         gain, why = "-" if change is None else f"{-change:+.6f}", brief.hypotheses.get(e.commit)
-        short.append(f"{e.commit} {e.status} {e.val_bpb:.6f} {gain}{of_runs(e)} {e.description}")
+        sure = f" P {brief.certainties[e.commit]:.0%}" if e.commit in brief.certainties else ""
+        short.append(f"{e.commit} {e.status} {e.val_bpb:.6f} {gain}{sure}{of_runs(e)} {e.description}")
         full.append(short[-1] + (f"\n    why: {one_line(why, 1000)}" if why else ""))
     full = newest(full, ROWS_ROOM / 2)
     short = newest(short[: len(short) - len(full)], ROWS_ROOM / 2)
     left = brief.experiments[: len(brief.experiments) - len(short) - len(full)]
     counts = ", ".join(f"{sum(e.status == status for e in left)} {status}" for status in STATUSES)
     return (
-        "# Results, oldest first: commit, status, val_bpb, gain over its parent (positive is better), steps and scores "
-        "of its runs, description\n"
+        "# Results, oldest first: commit, status, val_bpb, gain over the best then (positive is better), steps and "
+        "scores of its runs, description\n"
         + (NOISE.format(brief.sigma) if brief.sigma else "")
         + (f"{len(left)} older ones are left out: {counts}.\n" if left else "")
         + quoted("\n".join([*short, *full] or ["none yet"]), 4 * ROWS_ROOM)

@@ -12,7 +12,7 @@ from rich.text import Text
 from exam.files import ROOT
 from lab.book import title
 from lab.curve import loss_at, read_curve
-from lab.findings import Findings, cost, find, pace, pace_of_devices, quiet, time_spent, trials
+from lab.findings import Findings, cost, find, nearest, pace, pace_of_devices, quiet, time_spent, trials, weighed
 from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers
@@ -21,7 +21,7 @@ from prepare import Trouble, one_line
 
 def show(tag: Tag, console: Console, as_json=False, as_diff=False):
     """Tell what the tag has found in the form that is asked for; on a screen, and in progress.png, without one."""
-    found = find(tag)
+    found = weighed(find(tag))
     if as_json:
         return print(to_json(tag, found))
     if as_diff:
@@ -74,7 +74,7 @@ def difference(tag: Tag, found: Findings, coloured: bool) -> str:
 
 def tell(tag: Tag, console: Console):
     """Print the findings, in one screen for a usual night."""
-    found = find(tag)
+    found = weighed(find(tag))
 
     def line(text="", style=""):
         console.print(Text(text, style), soft_wrap=True)
@@ -93,10 +93,8 @@ def tell(tag: Tag, console: Console):
     line(found.gain_in_words)
     for text in certainty(found):
         line(text)
-    nearest = sorted(found.discarded, key=lambda change: -change.gain)[:5]
-    for changes, what in ((found.kept, "kept change"), (nearest, "nearest miss")):
-        rows = [(c.commit, f"{c.val_bpb:.6f}", f"{c.gain:+.6f}", c.description) for c in changes]
-        table(("commit", "val_bpb", "gain", what), *rows)
+    for changes, what in ((found.kept, "kept change"), (nearest(found), "nearest miss")):
+        table(*change_rows(changes, what))
     crashed, rows = failures(tag), []
     for e, reason in crashed[-4:]:
         reason = re.sub(r"exit code \d+, without submit\(\): ", "", reason)
@@ -118,15 +116,30 @@ def tell(tag: Tag, console: Console):
         line(f"the best train.py: git show {found.best.commit}:./train.py; its change: report --diff")
 
 
+def change_rows(changes, what):
+    """Rows on some changes, with how sure each is where that is known of any."""
+    known = any(change.certainty is not None for change in changes)
+    yield "commit", "val_bpb", "gain", *["P(better)"] * known, what
+    for c in changes:
+        yield c.commit, f"{c.val_bpb:.6f}", f"{c.gain:+.6f}", *[percent(c.certainty)] * known, c.description
+
+
 def certainty(found):
     """Lines on how much a run varies, and how sure the gain is."""
     if found.sigma:
-        yield f"one run varies by {found.sigma:.6f} (standard deviation)"
+        yield f"equal code scores differently from run to run: by {found.sigma:.6f} (standard deviation, sigma)"
     if (sure := found.confidence) is not None:
-        yield f"P(better) is {'over ' * (sure > 0.999)}{min(sure, 0.999):.1%}"
+        yield f"P(better), the probability that the best is better than the baseline: {percent(sure)}"
     elif found.kept:
         change = "the machine's speed has changed since the baseline"
-        yield f"P(better) is not known: {change if found.sigma else 'nothing was run twice'}"
+        yield f"how sure that is cannot be told: {change if found.sigma else 'nothing was run twice'}"
+
+
+def percent(probability):
+    """A probability as one reads it, never as a certainty; "" for what is not known."""
+    if probability is None:
+        return ""
+    return "over 99.9%" if probability > 0.999 else "under 1%" if probability < 0.01 else f"{probability:.0%}"
 
 
 def transfer_rows(ideas):
@@ -174,7 +187,7 @@ def aligned(rows, width):
     """Rows of cells as lines of at most `width` characters, columns aligned, those of numbers to the right."""
     columns = list(zip(*rows))[:-1]
     widths = [max(map(len, column)) for column in columns]
-    numeric = [all(re.fullmatch(r"[+-]?[\d.]*", cell) for cell in column[1:]) for column in columns]
+    numeric = [all(re.fullmatch(r"[+-]?[\d.]*%?", cell) for cell in column[1:]) for column in columns]
     for row in rows:
         placed = [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric)]
         line = "  ".join([*placed, row[-1]])

@@ -101,6 +101,18 @@ class Repository:
         named = dict(line.split() for line in listed.splitlines())
         return {short: full for short, full in named.items() if re.fullmatch("[0-9a-f]{4,40}", short)}
 
+    def parents(self, tag):
+        """{short hash: full hash of its first parent} of all candidates of a tag that have one."""
+        form = "--format=%(refname:lstrip=3) %(parent)"
+        listed = self.run("for-each-ref", form, f"refs/autoresearch/{tag}/")
+        return {short: first[0] for short, *first in map(str.split, listed.splitlines()) if first}
+
+    def versions(self, commits):
+        """{commit: what git names the content of its train.py} of full hashes; {} where one has none."""
+        with contextlib.suppress(Trouble):
+            return dict(zip(commits, self.run("rev-parse", *(f"{c}:{self.path}" for c in commits)).splitlines()))
+        return {}
+
     # -- what is added
 
     def remember(self, tag, commit):

@@ -48,6 +48,7 @@ class Brief:
     left: str = ""  # what the owner's limits still allow, in words
     facts: str = ""  # of the best's first run: device, steps, tokens, ...
     said: str = ""  # the first line that it printed
+    certainties: dict[str, float] = dataclasses.field(default_factory=dict)  # {commit: P(better) than the best then}
     curves: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # {commit: loss at tenths of it}
     tried: frozenset[str] = frozenset()  # digest() of every train.py that was tried
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: train.py} of the last kept ones

@@ -4,6 +4,7 @@ results.tsv is the book of the tag that ran last; those of the others wait in ru
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import time
@@ -144,11 +145,20 @@ class Tag:
     def _load(self):
         """Read the book and the runs of its experiments."""
         self.experiments = read_book(self.book)
+        bases = self._bases()
         for place, experiment in enumerate(self.experiments):
             for result in self.results(experiment.commit):
                 if result.outcome == "ok":
                     experiment = experiment.after(result)
-            self.experiments[place] = experiment
+            self.experiments[place] = dataclasses.replace(experiment, base=bases.get(experiment.commit, ""))
+
+    def _bases(self):
+        """{commit: that of the kept experiment whose train.py it changes}, of those that git knows."""
+        full, parents = self.repository.candidates(self.name), self.repository.parents(self.name)
+        kept = [full[e.commit] for e in self.experiments if e.status == "keep" and e.commit in full]
+        versions = self.repository.versions([*kept, *set(parents.values())])
+        known = {versions.get(each): short for short, each in full.items() if each in kept}
+        return {short: known.get(versions.get(parent), "") for short, parent in parents.items()}
 
     def _put_aside(self, path, content):
         """Save what the user has in a file to runs/<tag>/, under a name that nothing else has there; returns where."""
@@ -293,7 +303,8 @@ class Tag:
         running: path() of the trials under way, whose folders stay as they are.
         """
         add_row(self.book, self.experiments, experiment)
-        self.experiments.append(experiment)
+        base = self.base(experiment.commit)
+        self.experiments.append(dataclasses.replace(experiment, base=base.commit if base else ""))
         self.settle()
         self._clear_up(running)
 

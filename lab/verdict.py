@@ -9,10 +9,15 @@ import math
 import statistics
 
 from lab.book import Experiment, Run
+from lab.posterior import Scores, probability_of_gain, probability_of_no_loss
 
 BASELINE_RUNS = 3  # they give the first estimate of the noise
-MAX_RUNS = 3  # of one candidate
-KEEP_AT, DISCARD_AT = 0.90, 0.80  # probability that the candidate is better; chosen by tests/nights.py
+MAX_RUNS = 2  # of one candidate
+KEEP_AT = 0.55  # P(better) from which a candidate is kept; this and the next two lines are chosen by tests/nights.py
+IN_DOUBT = 0.35, 0.70  # P(better) between which a candidate runs once more
+NO_LOSS_AT, MARGIN = 0.80, 1.0  # P(no loss) from which a deletion is kept; so many sigma of one run are none
+RECENT = 500  # experiments, twice as many at most, are what P(better) is told from: long nights run out of ideas
+SURE = 0.90  # probability from which a word is said of what has become of an idea from elsewhere
 MOST_OTHERS = 0.15  # share of the CPU that others may have in a run on it, over what they had in those of the best
 SAME_PACE = 0.85  # runs of equal code agree if the shortest has this share of the steps of the longest
 SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
@@ -130,9 +135,14 @@ def pooled_noise(score_groups):
 
     freedom: by how many repeats sigma is known.
     """
-    freedom = sum(max(0, len(scores) - 1) for scores in score_groups)
-    squares = sum((score - statistics.fmean(scores)) ** 2 for scores in score_groups for score in scores)
+    squares, freedom = scatter(score_groups)
     return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
+
+
+def scatter(score_groups):
+    """(sum of squares about the mean of each group, how many scores are not the first of theirs)."""
+    freedom = sum(max(0, len(scores) - 1) for scores in score_groups)
+    return sum((score - statistics.fmean(scores)) ** 2 for scores in score_groups for score in scores), freedom
 
 
 def noise(experiments):
@@ -154,7 +164,7 @@ def student_cdf(t, freedom):
 
 
 def probability_better(candidate, best, noise):
-    """P(the candidate's true val_bpb is lower than the best's), from the scores of their runs and pooled_noise().
+    """P(the candidate's true val_bpb is lower than the best's), from the scores of their runs and pooled_noise() alone.
 
     The gap of the means over sigma * sqrt(1/n_candidate + 1/n_best) follows Student's t. Without repeats: 0 or 1.
     """
@@ -164,14 +174,56 @@ def probability_better(candidate, best, noise):
     return student_cdf(gap / (sigma * math.sqrt(1 / len(candidate) + 1 / len(best))), freedom)
 
 
-def decide(candidate, best, noise):
-    """(decision, P(better)): keep, discard, or again where one more run of the candidate is worth its time."""
-    probability = probability_better(candidate, best, noise)
-    if probability >= KEEP_AT:
-        return "keep", probability
-    if probability <= DISCARD_AT or len(candidate) >= MAX_RUNS:
-        return "discard", probability
-    return "again", probability
+def shown(experiment: Experiment, scores: list[float]) -> Scores:
+    """What an experiment has shown, where `scores` are those of its runs that compare."""
+    scores = [score for score in scores if math.isfinite(score)]
+    mean = statistics.fmean(scores) if scores else 0.0
+    return Scores(mean, len(scores), *scatter(groups(experiment)), experiment.status == "keep")
+
+
+def past(experiments: list[Experiment], best: Experiment, candidate: Experiment) -> tuple[Scores, ...]:
+    """What the experiments up to a candidate have shown that compares with it, in order; the best is the last kept.
+
+    One that was made from another than the best of its time, and lost, says nothing about how ideas do on that one.
+    """
+    last, rivals = _match(candidate, best) if candidate.runs and best.runs else (None, all_scores(best))
+    told, base = [], ""
+    recent = (len(experiments) // RECENT - 1) * RECENT
+    for each in experiments[max(0, min(recent, experiments.index(best))) :]:
+        scores = rivals if each is best else scores_like(each, last) if last else all_scores(each)
+        kept = each.status == "keep"
+        stale = each.base and each.base != base and not kept
+        told.append(shown(each, [] if stale or each.status == "crash" else scores))
+        base = each.commit if kept else base
+    return tuple(told)
+
+
+def certainties(experiments: list[Experiment], wanted) -> dict[str, float]:
+    """{commit: P(better) than the best before it, by what was known then} of those in `wanted` where it can be told."""
+    best, known = None, {}
+    for place, experiment in enumerate(experiments):
+        before = experiments[:place]
+        if best and experiment.commit in wanted and experiment.status != "crash" and noise(before)[0] > 0:
+            scores, rivals = comparable(experiment, best)
+            if rivals:
+                known[experiment.commit] = probability_of_gain(
+                    past(before, best, experiment), shown(experiment, scores)
+                )
+        if experiment.status == "keep":
+            best = experiment
+    return known
+
+
+def confidence(experiments: list[Experiment], best: Experiment, first: Experiment) -> float | None:
+    """P(the best is better than the first that was kept), all changes between them taken as one idea; None: unknown."""
+    scores, rivals = comparable(best, first)
+    if best is first or not rivals or not noise(experiments)[0] > 0:
+        return None
+    kept = [place for place, each in enumerate(experiments) if each.status == "keep"]
+    told = past(experiments[: kept[1]], first, best)
+    # What came later says how much a run varies, and nothing else.
+    told += tuple(shown(each, [])._replace(kept=False) for each in experiments[kept[1] :] if each is not best)
+    return probability_of_gain(told, shown(best, scores))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,11 +248,13 @@ def judge_baseline(baseline: Experiment, greedy=False) -> Verdict:
     return Verdict("keep" if done else "again", f"sigma {noise([baseline])[0]:.6f}", scores)
 
 
-def judge(candidate: Experiment, best: Experiment, others, greedy=False, best_ran_again=False) -> Verdict:
+def judge(
+    candidate: Experiment, best: Experiment, experiments, greedy=False, best_ran_again=False, deletes=False
+) -> Verdict:
     """The verdict on a candidate after its last run, which went well, against the best of this moment.
 
-    others: all experiments that tell how much a run varies, the best among them. best_ran_again: whether the best has
-    run for this candidate already.
+    experiments: all of the tag, in order, the best among them. best_ran_again: whether the best has run for this
+    candidate already. deletes: whether the candidate only deletes code, and need not be better to be kept.
     """
     scores, rivals = _on_one_device(candidate, best) if greedy else comparable(candidate, best)
     if greedy and not rivals and not best_ran_again:
@@ -211,14 +265,33 @@ def judge(candidate: Experiment, best: Experiment, others, greedy=False, best_ra
         device = _match(candidate, best)[0]
         scores = [run.val_bpb for run in candidate.runs if same_device(run, device)]
     decision, reason = "discard", "no run of the best compares"
-    if rivals:
-        decision, probability = decide(scores, rivals, GREEDY if greedy else noise([*others, candidate]))
-        reason = f"P(better) {probability:.0%}"
+    if rivals and greedy:
+        probability = probability_better(scores, rivals, GREEDY)
+        decision, reason = "keep" if probability else "discard", f"P(better) {probability:.0%}"
+    elif rivals:
+        decision, reason = decide(past(experiments, best, candidate), shown(candidate, scores), deletes)
     if decision == "again" and len(candidate.runs) >= 2 * MAX_RUNS:  # the device changes from run to run
         decision = "discard"
     if decision != "keep" and not greedy and (remedy := _remedy(candidate, best, best_ran_again)):
         return remedy
     return Verdict(decision, reason, tuple(scores))
+
+
+def decide(history: tuple[Scores, ...], candidate: Scores, deletes=False) -> tuple[str, str]:
+    """(decision, why): keep, discard, or again where one more run of the candidate is worth its time."""
+    probability = probability_of_gain(history, candidate)
+    reason = f"P(better) {probability:.0%}"
+    if IN_DOUBT[0] <= probability <= IN_DOUBT[1] and candidate.runs < MAX_RUNS:
+        return "again", reason
+    if probability >= KEEP_AT:
+        return "keep", reason
+    if deletes:
+        no_loss = probability_of_no_loss(history, candidate, MARGIN)
+        reason = f"it only deletes, P(not worse by more than a run varies) {no_loss:.0%}"
+        if IN_DOUBT[0] <= no_loss < NO_LOSS_AT and candidate.runs < MAX_RUNS:
+            return "again", reason
+        return "keep" if no_loss >= NO_LOSS_AT else "discard", reason
+    return "discard", reason
 
 
 def _remedy(candidate, best, best_ran_again):
@@ -241,15 +314,17 @@ def _remedy(candidate, best, best_ran_again):
 # Several trials at a time: the best may have changed since a candidate was made
 
 
-def beats_base(candidate: Experiment, base: Experiment, others, greedy=False) -> bool:
+def beats_base(candidate: Experiment, base: Experiment, experiments, greedy=False) -> bool:
     """Whether a candidate is worth carrying over: its change, made from `base`, onto the best that there is now.
 
     To be asked for a finished candidate, kept or not, whose base is not the best any more. One that is in doubt does
-    not run again for this: by tests/nights_parallel.py that is not worth its time. others: as for judge().
+    not run again for this: by tests/nights_parallel.py that is not worth its time. experiments: as for judge().
     """
     scores, rivals = _on_one_device(candidate, base) if greedy else comparable(candidate, base)
-    known = GREEDY if greedy else noise([*others, candidate])
-    return bool(rivals) and probability_better(scores, rivals, known) >= KEEP_AT
+    if greedy or not rivals:
+        return bool(rivals) and probability_better(scores, rivals, GREEDY) > 0
+    before = experiments[: 1 + experiments.index(base)]
+    return probability_of_gain(past(before, base, candidate), shown(candidate, scores)) >= KEEP_AT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +334,7 @@ def beats_base(candidate: Experiment, base: Experiment, others, greedy=False) ->
 def advantage(candidate: Experiment, base: Experiment, others) -> tuple[float, float | None] | None:
     """(gain over the base in bits per byte, the same in standard errors), from the runs of both that compare.
 
-    The second is None where the noise is not known; None for all, where no runs compare. others: as for judge().
+    The second is None where the noise is not known; None for all, where no runs compare. others: those that tell it.
     """
     scores, rivals = comparable(candidate, base)
     if candidate.status == "crash" or not scores or not rivals:
@@ -272,7 +347,7 @@ def transfer(candidate: Experiment, base: Experiment, gain_there: float, others)
     """What has become, here, of an idea that had gained `gain_there` bits per byte elsewhere: one word or two.
 
     reverses: it is worse than its base; holds: it is better; fades: it gains less than half of what it did there. Each
-    with the probability that a keep takes.
+    with a probability of SURE.
     """
     scores, rivals = comparable(candidate, base)
     known = noise(others)
@@ -282,11 +357,11 @@ def transfer(candidate: Experiment, base: Experiment, gain_there: float, others)
         return "cannot be told"
     better = probability_better(scores, rivals, known)
     half = probability_better(scores, [score - gain_there / 2 for score in rivals], known)
-    if better <= 1 - KEEP_AT:
+    if better <= 1 - SURE:
         return "reverses"
-    if half <= 1 - KEEP_AT:
+    if half <= 1 - SURE:
         return "fades"
-    return "holds" if better >= KEEP_AT else "cannot be told"
+    return "holds" if better >= SURE else "cannot be told"
 
 
 def rank_correlation(pairs) -> float | None:

@@ -1,15 +1,17 @@
 """Simulates nights to choose the keep rule: python tests/nights.py [NIGHTS]. The verdicts are those of lab/verdict.py.
 
 A night is 101 runs, as many as the greedy rule needs for a baseline and 100 experiments; a rule that repeats runs
-holds fewer experiments. Scores are synthetic: a run varies by SIGMA, 15 % of the ideas gain between 0.0002 and 0.01
+holds fewer experiments. Scores are synthetic: a run varies by sigma, 15 % of the ideas gain between 0.0002 and 0.01
 (evenly in the logarithm), 34 % change nothing, the others lose 0.0015 on average. The greedy rule then keeps 21 changes
 of 100; in the night that upstream has published it kept 22 of 125. On a machine that is slow for a few runs now and
-then, a run at half the speed scores SLOW_LOSS worse.
+then, a run at half the speed scores SLOW_LOSS worse. In the rows "deletions" one idea in five only deletes code.
 """
 
+import collections
 import dataclasses
 import math
 import random
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -19,76 +21,137 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab.book import Experiment, Run  # noqa: E402
 from lab.verdict import BASELINE_RUNS, judge  # noqa: E402
 
-RUNS, SIGMA = 101, 0.0005
+RUNS = 101
 GAINS, USELESS = 0.15, 0.34  # shares of the ideas; the others do harm
 SLOW_LOSS, BECOMES_SLOW, RECOVERS = 0.004, 0.03, 0.3  # the last two: chance with every run
-RULES = (("greedy", True, False), ("ours", False, False), ("greedy, slow", True, True), ("ours, slow", False, True))
 
 
-def true_gain(chance, gains=GAINS):
-    """What one idea is worth, where so large a share of them gains: bits per byte, positive is better."""
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What ideas and runs are like."""
+
+    sigma: float = 0.0005
+    gains: float = GAINS  # share of the ideas
+    useless: float = USELESS
+    size: float = 1.0  # of gains and losses, in those that are published
+    slow: bool = False  # now and then
+    deletions: float = 0.0  # share of the ideas
+
+
+WORLDS = {
+    "as published": World(),
+    "slow at times": World(slow=True),
+    "sigma 0.0003": World(sigma=0.0003),
+    "sigma 0.001": World(sigma=0.001),
+    "sigma 0.003": World(sigma=0.003),
+    "sigma 0.01": World(sigma=0.01),
+    "gains three times rarer": World(gains=GAINS / 3),
+    "gains three times as often": World(gains=3 * GAINS),
+    "all three times smaller": World(size=1 / 3),
+    "all three times larger": World(size=3.0),
+    "deletions": World(deletions=0.2),
+    "equal code (A/A)": World(gains=0.0, useless=1.0),
+}
+
+
+def true_gain(chance, gains=GAINS, useless=USELESS):
+    """What one idea is worth, where so large shares of them gain or do nothing: bits per byte, positive is better."""
     kind = chance.random()
     if kind < gains:
         return math.exp(chance.uniform(math.log(0.0002), math.log(0.01)))
-    return 0.0 if kind < gains + USELESS else -chance.expovariate(1 / 0.0015)
+    return 0.0 if kind < gains + useless else -chance.expovariate(1 / 0.0015)
 
 
 class Machine:
     """A night's runs, and how fast each was."""
 
-    def __init__(self, chance, may_be_slow):
-        self.chance, self.may_be_slow, self.slow, self.left = chance, may_be_slow, False, RUNS
+    def __init__(self, chance, world):
+        self.chance, self.world, self.slow, self.left = chance, world, False, RUNS
 
     def run(self, experiment, level):
         """`experiment` with one more run of a train.py whose true score is `level`."""
         self.left -= 1
-        if self.may_be_slow:
+        if self.world.slow:
             self.slow = self.chance.random() < (1 - RECOVERS if self.slow else BECOMES_SLOW)
-        score = self.chance.gauss(level + SLOW_LOSS * self.slow, SIGMA)
+        score = self.chance.gauss(level + SLOW_LOSS * self.slow, self.world.sigma)
         return dataclasses.replace(experiment, runs=(*experiment.runs, Run(score, 0.5 if self.slow else 1.0)))
 
 
-def night(seed, greedy, may_be_slow):
-    """(true gain of the last best over the baseline, kept changes, kept changes that gain nothing, experiments)."""
+@dataclasses.dataclass
+class Night:
+    """What has become of one."""
+
+    gain: float = 0.0  # true gain of the last best over the baseline
+    kept: int = 0
+    false: int = 0  # of those, how many gain nothing; deletions do not have to
+    experiments: int = 0
+    deleted: int = 0  # deletions that were kept without being better
+    beliefs: list = dataclasses.field(default_factory=list)  # [(P(better) at a keep, whether it is better)]
+
+
+def night(seed, world, greedy=False) -> Night:
+    """One night of a rule in a world."""
     chance = random.Random(seed)
-    machine, level, kept, false, experiments = Machine(chance, may_be_slow), 0.0, 0, 0, 0
+    machine, level, found = Machine(chance, world), 0.0, Night()
     best = Experiment("", 0.0, 0.0, "keep", "")
     for _ in range(1 if greedy else BASELINE_RUNS):
         best = machine.run(best, level)
-    repeated = []  # experiments that ran more than once; the others say nothing about the noise
+    book = [best]
     while machine.left:
-        gain, candidate, decision, best_ran_again = true_gain(chance), Experiment("", 0.0, 0.0, "", ""), "again", False
-        experiments += 1
+        deletes = chance.random() < world.deletions
+        gain = world.size * true_gain(chance, world.gains, world.useless)
+        candidate, decision, ran_again = Experiment("", 0.0, 0.0, "", ""), "again", False
+        found.experiments += 1
         while decision in ("again", "best") and machine.left:
             if decision == "best":
-                best, best_ran_again = machine.run(best, level), True
+                place = book.index(best)
+                best, ran_again = machine.run(best, level), True
+                book[place] = best
             else:
                 candidate = machine.run(candidate, level - gain)
-            decision = judge(candidate, best, [*repeated, best], greedy, best_ran_again).decision
-        out = candidate
+            ruling = judge(candidate, best, book, greedy, ran_again, deletes)
+            decision = ruling.decision
+        book.append(dataclasses.replace(candidate, status="keep" if decision == "keep" else "discard"))
         if decision == "keep":
-            level, kept, false = level - gain, kept + 1, false + (gain <= 0)
-            best, out = candidate, best
-        if len(out.runs) > 1:
-            repeated.append(out)
-    return -level, kept, false, experiments
+            level, best = level - gain, book[-1]
+            better = re.match(r"P\(better\) (\d+)%", ruling.reason)
+            found.kept, found.false = found.kept + 1, found.false + bool(better and gain <= 0)
+            found.deleted += not better
+            found.beliefs += [(int(better[1]) / 100, gain > 0)] if better else []
+    found.gain = -level
+    return found
 
 
-def table(nights):
-    """[(rule, mean true gain, kept changes, false keeps, experiments)] over so many nights of each rule."""
-    rows = []
-    for rule, *how in RULES:
-        columns = zip(*(night(seed, *how) for seed in range(nights)))
-        rows.append((rule, *map(statistics.fmean, columns)))
-    return rows
+def mean(world, greedy, nights) -> tuple[float, float, float, float, float]:
+    """(true gain, kept changes, false keeps, deletions kept, experiments) of a night, over so many of them."""
+    held = [night(seed, world, greedy) for seed in range(nights)]
+    columns = ((each.gain, each.kept, each.false, each.deleted, each.experiments) for each in held)
+    return tuple(map(statistics.fmean, zip(*columns)))
+
+
+def calibration(world, nights) -> dict[int, tuple[int, float]]:
+    """{tenth of P(better): (keeps that were told it, share of them that are better)}."""
+    told = collections.defaultdict(list)
+    for seed in range(nights):
+        for probability, better in night(seed, world).beliefs:
+            told[min(9, int(10 * probability))].append(better)
+    return {tenth: (len(found), statistics.fmean(found)) for tenth, found in sorted(told.items())}
 
 
 def main():
-    nights = int(sys.argv[1]) if sys.argv[1:] else 1000
-    print(f"{nights} nights of {RUNS} runs, sigma {SIGMA}: mean per night")
-    print("rule\ttrue gain\tkept\tfalse keeps\texperiments")
-    for rule, gain, kept, false, experiments in table(nights):
-        print(f"{rule}\t{gain:.5f}\t{kept:.2f}\t{false:.2f}\t{experiments:.1f}")
+    nights = int(sys.argv[1]) if sys.argv[1:] else 400
+    print(f"{nights} nights of {RUNS} runs, mean per night; share: of what the greedy rule gains in the same world")
+    print("world\trule\ttrue gain\tshare\tkept\tfalse keeps\tdeletions kept\texperiments")
+    for name, world in WORLDS.items():
+        greedy = mean(world, True, nights)
+        for rule, (gain, kept, *counts) in ("greedy", greedy), ("ours", mean(world, False, nights)):
+            share = f"{gain / greedy[0]:.0%}" if greedy[0] else "-"
+            counted = (f"{count:.2f}" for count in (kept, *counts))
+            print(name, rule, f"{gain:.5f}", share, *counted, sep="\t", flush=True)
+    for name in "as published", "sigma 0.003":
+        print(f"\nof what is kept at a P(better), so much is better ({name}):")
+        for tenth, (count, share) in calibration(WORLDS[name], nights).items():
+            print(f"{tenth}0-{tenth + 1}0 %\t{share:.0%} of {count}")
 
 
 if __name__ == "__main__":

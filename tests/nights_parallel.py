@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from nights import GAINS, SIGMA, true_gain  # noqa: E402
+from nights import GAINS, World, true_gain  # noqa: E402
 
 from lab.book import Experiment, Run  # noqa: E402
 from lab.verdict import BASELINE_RUNS, beats_base, judge  # noqa: E402
@@ -31,7 +31,6 @@ from lab.verdict import BASELINE_RUNS, beats_base, judge  # noqa: E402
 UNITS, HOURS = 96, 8  # of a night: trials in a row, hours
 HALVING, MERGES, STAYS = 0.01, 0.9, 0.8
 SHORT, LONG = 0.1, 1.0  # mean time to write a draft: 30 s, 5 min
-NOISE_FROM = 30  # the noise is told by so many experiments that ran more than once, the last ones: quicker than by all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +51,8 @@ class Version:
 
     level: float  # its true score, less that of the baseline
     base: "Version | None" = None
-    runs: tuple[Run, ...] = ()
     carried: bool = False
-
-    @property
-    def experiment(self):
-        return Experiment("", 0.0, 0.0, "", "", self.runs)
+    experiment: Experiment = Experiment("", 0.0, 0.0, "", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +71,14 @@ class Night:
         self.now, self.busy, self.idle, self.writing = 0.0, 0.0, 0, 0
         self.events, self.number = [], itertools.count()
         self.winners, self.drafts, self.doubtful = collections.deque(), collections.deque(), collections.deque()
-        self.repeated, self.count = collections.deque(maxlen=NOISE_FROM), collections.Counter()
+        self.book, self.count = [], collections.Counter()
         self.best = Version(0.0)
 
     def hold(self):
         """All of it, the baseline's runs side by side and before anything else; returns the night."""
         for _ in range(BASELINE_RUNS):
             self.best = self._ran(self.best)
+        self.best = self._row(self.best, "keep")
         self.busy += BASELINE_RUNS
         self._after(math.ceil(BASELINE_RUNS / self.setup.slots), self._open)
         self._write()
@@ -140,12 +136,18 @@ class Night:
         self._after(time, functools.partial(self._judge, candidate))
 
     def _ran(self, version):
-        return dataclasses.replace(version, runs=(*version.runs, Run(self.chance.gauss(version.level, SIGMA), 1.0)))
+        run = Run(self.chance.gauss(version.level, World().sigma), 1.0)
+        runs = (*version.experiment.runs, run)
+        return dataclasses.replace(version, experiment=dataclasses.replace(version.experiment, runs=runs))
+
+    def _row(self, version, status):
+        names = {"commit": f"{len(self.book)}", "base": version.base.experiment.commit if version.base else ""}
+        self.book.append(dataclasses.replace(version.experiment, status=status, **names))
+        return dataclasses.replace(version, experiment=self.book[-1])
 
     def _judge(self, candidate):
         candidate, best = self._ran(candidate), self.best
-        others = [*self.repeated, best.experiment]
-        decision = judge(candidate.experiment, best.experiment, others).decision
+        decision = judge(candidate.experiment, best.experiment, self.book).decision
         if decision == "again" and self.setup.repeats_first:
             return self._start(candidate)
         self.idle += 1
@@ -154,12 +156,11 @@ class Night:
         kept, base = decision == "keep", candidate.base
         loser = best if kept else candidate
         if self.setup.carries and base is not best:  # of two changes of one base, the one that is not the best now
-            if kept or beats_base(candidate.experiment, base.experiment, others):
+            if kept or beats_base(candidate.experiment, base.experiment, self.book):
                 self.winners.append(Draft(base, base.level - loser.level))
+        candidate = self._row(candidate, decision)
         if kept:
             self.best = candidate
-        if len(loser.runs) > 1:
-            self.repeated.append(loser.experiment)
         self.count.update(
             experiments=1,
             kept=kept,

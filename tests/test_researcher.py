@@ -887,8 +887,9 @@ def test_the_prompt_at_the_thousandth_experiment_is_that_of_the_fiftieth(ask, tm
 
 
 def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failures():
-    told = prompt.history(dataclasses.replace(filled(8, SOURCE), running=("f00 something",)))
-    assert "0000007 discard 0.999930 +0.000070 Number 7" in told and "of one is 0.001000" in told
+    brief = dataclasses.replace(filled(8, SOURCE), running=("f00 something",), certainties={"0000007": 0.204})
+    told = prompt.history(brief)
+    assert "0000007 discard 0.999930 +0.000070 P 20% Number 7" in told and "of one, is 0.001000" in told
     assert "Running right now, its result is not known yet:\n" + prompt.quoted("f00 something") in told
     assert "The last 7 experiments brought nothing" in told
     told = prompt.history(filled(9, SOURCE))
