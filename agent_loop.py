@@ -33,7 +33,7 @@ try:
     from exam import signals
     from exam.files import ROOT
     from exam.sandbox import sandbox_level
-    from lab import launch, page, report
+    from lab import launch, page, picture, report
     from lab.api import FALLBACK, MODEL
     from lab.book import Experiment, title
     from lab.drafts import Drafts
@@ -336,6 +336,8 @@ def night(tag: Tag, news: News, console: Console, arguments):
         if tag.experiments and (found := tag.candidate()):
             speak(f"{found[0]} ({found[1].description}) still waits for its trial; the next start holds it", "yellow")
     report.tell(tag, console)
+    with contextlib.suppress(Exception):  # the night has ended well all the same; `report` says what is missing
+        picture.draw(tag, picture.PICTURE)
     more = f"; see {PAGE.name}" if PAGE.exists() else ""
     news.send("the end", f"{reason}; best val_bpb {tag.best.val_bpb:.6f}{more}")
     if arguments.demo:

@@ -30,7 +30,8 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   launch      hold one trial: request -> Result
   measure     the runs of one candidate, and whose fault a failure is
   findings    what a tag has found, in numbers
-  report      the morning
+  picture     the morning as one picture
+  report      the morning in words
   page        the morning as one page
   view        the night on a terminal
   news        the night on a phone

@@ -1,22 +1,18 @@
-"""The morning: what a night has found, on a screen, as JSON, as a difference and as a picture. Only reads."""
+"""The morning in words: what a night has found, on a screen, as JSON and as a difference. Only reads."""
 
 import dataclasses
 import json
-import math
 import re
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from exam.files import ROOT
-from lab.book import title
-from lab.curve import loss_at, read_curve
 from lab.findings import Findings, cost, find, nearest, pace, pace_of_devices, quiet, time_spent, trials, weighed
+from lab.picture import PICTURE, draw
 from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers
-from prepare import Trouble, one_line
+from prepare import Trouble
 
 
 def show(tag: Tag, console: Console, as_json=False, as_diff=False):
@@ -28,11 +24,8 @@ def show(tag: Tag, console: Console, as_json=False, as_diff=False):
         return print(difference(tag, found, console.is_terminal))
     tell(tag, console)
     if found.best:
-        try:
-            draw(tag, found, ROOT / "progress.png")
-        except ImportError as error:
-            raise Trouble(f"the picture needs matplotlib ({error}); run: pip install -e .") from None
-        print("picture: progress.png")
+        draw(tag, PICTURE)
+        print(f"picture: {PICTURE.name}")
 
 
 def failures(tag):
@@ -192,76 +185,3 @@ def aligned(rows, width):
         placed = [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric)]
         line = "  ".join([*placed, row[-1]])
         yield line if len(line) <= width else line[: width - 3] + "..."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As a picture
-
-GREEN, GREY = "#2a7f4f", "#9a9a9a"
-
-
-def draw(tag: Tag, found: Findings, path: Path):
-    """Write progress.png: the staircase of the best with every experiment, and two loss curves where runs/ has them."""
-    from matplotlib.figure import Figure
-
-    experiments = [e for e in found.rows if math.isfinite(e.val_bpb)]
-    kept = [(i, e) for i, e in enumerate(experiments) if e.status == "keep"]
-    ends = {found.baseline.commit: "baseline"}
-    ends.setdefault(found.best.commit, "best")
-    curves = {commit: read_curve(tag.path(commit, 0) / "metrics.jsonl") for commit in ends}
-    curves = {commit: curve for commit, curve in curves.items() if curve and curve[-1][0] > 0}
-    panels = [["stairs", "names"], ["losses", "names"]][: 1 + bool(curves)]
-    figure = Figure((13, 8.5), dpi=110, layout="constrained")
-    axes = figure.subplot_mosaic(panels, width_ratios=[3, 1.15], height_ratios=[2, 1][: len(panels)])
-    _draw_stairs(axes["stairs"], found, experiments, kept)
-    _draw_names(axes["names"], kept)
-    for commit, curve in curves.items():
-        end, colour = curve[-1][0], GREEN if commit == found.best.commit else GREY
-        times = [end * i / 200 for i in range(20, 201)]  # without the steep fall at the start
-        points = [(seconds, loss) for seconds in times if (loss := loss_at(curve, seconds, 0.03 * end)) is not None]
-        axes["losses"].plot(*zip(*points), color=colour, label=f"{ends[commit]} {commit}")
-        axes["losses"].set(xlabel="seconds of training", ylabel="training loss, smoothed")
-        axes["losses"].legend(fontsize=8)
-    for panel in axes.values():
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
-
-
-def _draw_stairs(stairs, found, experiments, kept):
-    """Draw the staircase of the best, with every experiment; kept: [(place, experiment)], which are numbered."""
-    sigma = found.sigma or 0.0
-    low = min(e.val_bpb for e in experiments if e.status != "crash")  # a lucky one may lie below what was kept
-    high = max(e.val_bpb for _, e in kept)
-    span = max(high - low, 3 * sigma, 1e-4 * high)
-    low, high = low - 0.15 * span, high + 0.25 * span
-    edge, size = high - 0.02 * (high - low), min(1.0, (200 / len(experiments)) ** 0.5)
-    stairs.set(xlabel="experiment", ylabel="val_bpb (crashed, or far worse: at the upper edge)", ylim=(low, high))
-    x = [i for i, _ in kept] + [len(experiments) - 0.3]
-    y = [e.val_bpb for _, e in kept] + [found.best.val_bpb]
-    stairs.step(x, y, where="post", color=GREEN, label="best so far")
-    if sigma:
-        band = [[score + sign * sigma for score in y] for sign in (-1, 1)]
-        stairs.fill_between(x, *band, step="post", color=GREEN, alpha=0.13, lw=0, label=f"one run: ±{sigma:.4f}")
-    styles = ("discard", GREY, 18, "o"), ("keep", GREEN, 46, "o"), ("crash", "red", 30, "x")
-    for status, colour, area, marker in styles:
-        if points := [(i, e) for i, e in enumerate(experiments) if e.status == status]:
-            scores = [edge if status == "crash" else min(e.val_bpb, edge) for _, e in points]
-            style = {"color": colour, "s": area * size, "marker": marker, "zorder": 3}
-            stairs.scatter([i for i, _ in points], scores, label=f"{status} ({len(points)})", **style)
-    for number, (i, e) in enumerate(kept):
-        place = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 7.5}
-        stairs.annotate(str(number), (i, e.val_bpb), (0, -5 - 8 * (number % 2)), color=GREEN, **place)
-    stairs.legend(fontsize=8)
-    stairs.set_title(f"{found.headline}\n{found.gain_in_words}", loc="left", fontsize=11, parse_math=False)
-
-
-def _draw_names(panel, kept):
-    """List what the numbers of the staircase stand for, where the names cannot run into each other."""
-    lines = [f"{i:>2}  {e.val_bpb:.4f}  {title(one_line(e.description, 42))}" for i, (_, e) in enumerate(kept)]
-    lines[50:] = [f"    and {len(lines) - 50} more"] * (len(lines) > 50)
-    style = {"family": "monospace", "fontsize": 6.5, "linespacing": 1.5, "va": "top", "parse_math": False}
-    panel.text(0, 1, "\n".join(["kept", *lines]), **style).set_in_layout(False)
-    panel.axis("off")

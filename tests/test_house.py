@@ -17,8 +17,8 @@ EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
     book curve posterior verdict simpler trust repository researcher peers plumbing store exchange prompt answer api
-    command model elsewhere slots tag brief drafts transfer evening sharing launch measure findings report page view
-    news
+    command model elsewhere slots tag brief drafts transfer evening sharing launch measure findings picture report
+    page view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
 # What may be known of whom, where more is above.
