@@ -21,8 +21,12 @@ PICTURE = ROOT / "progress.png"
 GREEN, GREY, RED = "#2a7f4f", "#8a8a8a", "#b3261e"
 WIDTH, LEFT, RIGHT, EDGE = 8.0, 0.75, 0.12, 0.1  # of the picture; beside its panels; beside its text
 HEAD, LEGEND, STAIRS, LOSSES, BELOW, LINE = 0.5, 0.24, 3.3, 1.6, 0.48, 0.15  # heights
-MONO, SIZE = "DejaVu Sans Mono", 7.5  # comes with matplotlib
-LETTER = 0.602 * SIZE / 72  # its width
+DPI = 200
+MONO, SIZE, LETTER = (
+    "DejaVu Sans Mono",
+    7.77,
+    13 / DPI,
+)  # comes with matplotlib; a letter is 13 pixels wide in points of 7.77
 
 
 def draw(tag: Tag, path: Path):
@@ -50,12 +54,12 @@ def compose(tag: Tag, found: Findings):
     panels = [(STAIRS, draw_stairs, found)] + [(LOSSES, draw_losses, curves)] * bool(curves)
     names = LINE * (len(columns[0]) + 1) if columns else 0.0
     height = HEAD + sum(LEGEND + tall + BELOW for tall, _, _ in panels) + names
-    figure, top = Figure((WIDTH, height), dpi=200), height - HEAD
+    figure, top = Figure((WIDTH, height), dpi=DPI), height - HEAD
 
     def write(text, x, y, **style):
         figure.text(x / WIDTH, y / height, text, va="top", parse_math=False, **style)
 
-    write(found.headline, EDGE, height - 0.08, fontsize=10, weight="bold")
+    write(found.headline, EDGE, height - 0.08, fontsize=min(10, 900 / len(found.headline)), weight="bold")
     write(found.gain_in_words, EDGE, height - 0.28, fontsize=9)
     for tall, fill, content in panels:
         top -= LEGEND + tall
@@ -79,6 +83,7 @@ def _dress(axes):
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.label.set_size(8.5)
     axes.yaxis.label.set_size(8.5)
+    axes.yaxis.set_label_coords(-0.078, 0.5)
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.1, "ncols": 6, "frameon": False}
     axes.legend(**place, fontsize=8, handlelength=1.2, handletextpad=0.4, columnspacing=1.2)
 
@@ -94,27 +99,28 @@ def draw_stairs(axes, found: Findings):
     edge, far = high - 0.03 * (high - low), high - 0.06 * (high - low)
     first, last = -0.5 - 0.01 * len(rows), len(rows) - 0.5 + 0.01 * len(rows)
     axes.set(xlabel="experiment", ylabel="val_bpb, lower is better", xlim=(first, last), ylim=(low, high))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     kept = [(i, e.val_bpb) for i, e in enumerate(rows) if e.status == "keep"]
     corners = [*kept, (last, found.best.val_bpb)]
     x, y = zip(*corners)
-    axes.step(x, y, where="post", color=GREEN, lw=1.3, label="best so far")
+    axes.step(x, y, where="post", color=GREEN, lw=1.3, zorder=3, label="best so far")
     if sigma:
         band = [[score + sign * sigma for score in y] for sign in (-1, 1)]
-        axes.fill_between(x, *band, step="post", color=GREEN, alpha=0.13, lw=0, label=f"one run: ±{sigma:.4f}")
+        axes.fill_between(x, *band, step="post", color=GREEN, alpha=0.13, lw=0, label=f"one run: ±{sigma:.2g}")
     scored = [(i, e.val_bpb) for i, e in enumerate(rows) if e.status == "discard"]
-    discards = [(i, score) for i, score in scored if score < far]
-    worse = [(i, edge) for i, score in scored if not score < far]  # what is not a number among them
+    discards = [(i, score) for i, score in scored if -math.inf < score < far]
+    worse = [(i, edge) for i, score in scored if not -math.inf < score < far]  # also what is not a number
     crashes = [(i, edge) for i, e in enumerate(rows) if e.status == "crash"]
     size = min(1.0, (150 / len(rows)) ** 0.5)
-    for label, points, colour, area, marker in (
-        ("kept", kept, GREEN, 28 * max(size, 0.4), "o"),
-        ("discarded", discards, GREY, 16 * size, "o"),
-        ("far worse, at the upper edge", worse, GREY, 20 * size, "^"),
-        ("crashed, there too", crashes, RED, 20 * size, "x"),
+    for label, points, colour, area, marker, layer in (
+        ("kept", kept, GREEN, 28 * max(size, 0.4), "o", 4),
+        ("discarded", discards, GREY, 16 * size, "o", 2),
+        ("far worse, at the upper edge", worse, GREY, 20 * size, "^", 2),
+        (f"crashed, {'there too' if worse else 'at the upper edge'}", crashes, RED, 20 * size, "x", 2),
     ):
+        style = {"s": area, "color": colour, "marker": marker, "lw": 0.8, "zorder": layer}
         if points:
-            axes.scatter(*zip(*points), s=area, color=colour, marker=marker, lw=0.8, zorder=3, label=label)
+            axes.scatter(*zip(*points), label=label, **style)
     _number(axes, corners, discards)
 
 
@@ -127,9 +133,8 @@ def limits(rows, sigma: float) -> tuple[float, float]:
     kept = [e.val_bpb for e in rows if e.status == "keep"]
     discarded = sorted(e.val_bpb for e in rows if e.status == "discard" and math.isfinite(e.val_bpb))
     low, high = min([*kept, *discarded, kept[-1] - sigma]), max(kept) + sigma
-    if discarded:
-        most, room = discarded[3 * (len(discarded) - 1) // 4], 3 * (high - low) if len(kept) > 1 else math.inf
-        high = max(high, min(most, high + room))
+    most = high + 3 * (high - low) if len(kept) > 1 else math.inf
+    high = max([high, *(score for score in discarded[: -(-3 * len(discarded) // 4)] if score <= most)])
     span = max(high - low, 1e-3 * abs(high), 1e-9)
     return low - 0.1 * span, high + 0.15 * span
 
@@ -145,7 +150,7 @@ def _number(axes, corners, discards):
         return axes.transData.transform(points) / axes.figure.dpi
 
     (left, bottom), (right, top) = axes.bbox.get_points() / axes.figure.dpi
-    places, dot, tall = inches(corners), 0.04, 0.1
+    places, dot, tall = inches(corners), 0.04, 0.08
     spots = np.concatenate([places, inches(discards)]) if discards else places
     boxes = [*np.hstack([spots - dot, spots + dot])]
     for (x, y), (end, other) in itertools.pairwise(places):
@@ -155,37 +160,47 @@ def _number(axes, corners, discards):
         number, (x, y) = f"{corners[place][0]}", places[place]
         wide, taken = LETTER * len(number), np.array(boxes)
         for a, b in ((x - wide - 0.03, y - tall - 0.05), (x - wide / 2, y - tall - 0.05), (x + 0.05, y + 0.05)):
-            inside = left <= a and a + wide <= right and bottom <= b and b + tall <= top
+            inside = left + dot <= a and a + wide <= right and bottom <= b and b + tall <= top
             meets = (taken[:, :2] < (a + wide, b + tall)).all(1) & (taken[:, 2:] > (a, b)).all(1)
             if inside and not meets.any():
                 spot = axes.transData.inverted().transform((a * axes.figure.dpi, b * axes.figure.dpi))
-                axes.text(*spot, number, color=GREEN, family=MONO, fontsize=SIZE, va="bottom")
-                boxes.append((a, b, a + wide, b + tall))
+                axes.text(*spot, number, color=GREEN, family=MONO, fontsize=SIZE, va="baseline")
+                boxes.append((a - dot, b - dot, a + wide + dot, b + tall + dot))
                 break
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The names
 
-ONE_COLUMN, MOST_NAMES = 24, 60
+ONE_COLUMN, MOST_NAMES = 24, 60  # kept experiments besides the baseline
 
 
 def kept_names(rows) -> list[list[str]]:
-    """One or two columns of lines that tell what was kept, each with its head; [] where there is but the baseline."""
+    """Columns of lines, each with its head, that tell what was kept; [] where that is but the baseline.
+
+    Two where there are many, or where all but a few names fit into half the width.
+    """
     kept = [(i, e, change) for i, (e, change) in enumerate(changes(rows)) if e.status == "keep"]
     if len(kept) < 2:
         return []
-    shown = sorted(kept, key=lambda each: -math.inf if each[2] is None else each[2])[:MOST_NAMES]
-    number, columns = len(f"{len(rows) - 1}"), 1 + (len(kept) > ONE_COLUMN)
+    shown = sorted(kept, key=lambda each: -math.inf if each[2] is None else each[2])[: MOST_NAMES + 1]
+    number = max(2, len(f"{len(rows) - 1}"))
     lines = [
-        f"{i:>{number}}  {e.val_bpb:.4f}  {'' if change is None else f'{-change:+.4f}':>7}  {e.description}"
+        f"{i:>{number}}  {'' if change is None else f'{-change:+.4f}':>7}  {e.description}"
         for i, e, change in sorted(shown, key=lambda each: each[0])
     ]
+    fits = sum(len(line) <= _letters(2) for line in lines) >= 0.9 * len(lines)
+    columns = 2 if len(kept) > ONE_COLUMN + 1 or fits and len(kept) > 4 else 1
     if left := len(kept) - len(shown):
         lines.append(f"{'':>{number}}  and {left} that gained less")
-    head, high = f"{'':>{number}}  val_bpb    gain  kept", -(-len(lines) // columns)
-    letters = int(((WIDTH - EDGE) / columns - EDGE) / LETTER)
-    return [[_shown(line, letters) for line in [head, *lines[at : at + high]]] for at in range(0, len(lines), high)]
+    head, high = f"{'no':>{number}}     gain  kept", -(-len(lines) // columns)
+    cut = [_shown(line, _letters(columns)) for line in lines]
+    return [[head, *cut[at : at + high]] for at in range(0, len(cut), high)]
+
+
+def _letters(columns):
+    """How many letters one of so many columns is wide."""
+    return int(((WIDTH - EDGE) / columns - 1.5 * EDGE) / LETTER)
 
 
 def _shown(line, letters):

@@ -1,4 +1,4 @@
-"""What the owner sees: the live view, the news, the report and its picture, all through the command line."""
+"""What the owner sees: the live view, the news, the report, all through the command line."""
 
 import fcntl
 import json
@@ -16,12 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, tiny_repository
 from fake_anthropic import FakeAnthropic, edit
-from matplotlib.figure import Figure
 from test_loop import HEADER, refused
 
-from lab import report as report_module
-from lab.book import Experiment
-from lab.findings import Findings
 from lab.news import News
 
 COMMAND = [sys.executable, "agent_loop.py"]
@@ -228,18 +224,6 @@ def test_books_that_no_tag_owns_are_told_too(book, parts, repository):
     assert (repository / "progress.png").exists() == (book == UPSTREAM)
     assert len(json.loads(data.stdout)["rows"]) == max(0, (book or "").count("\n") - 1)
     refused(report(repository, "--diff"), "no commit of this repository" if book == UPSTREAM else "no results yet")
-
-
-def test_the_picture_has_room_for_a_discarded_score_below_the_best():
-    rows = tuple(Experiment("abc1234", score, 0.1, *words) for score, *words in RUNS)
-    found = Findings("t", "tiny", 1.0, rows, baseline=rows[0], best=rows[0], gain=0.0, gain_percent=0.0)
-    stairs = Figure().subplots()
-    report_module._draw_stairs(stairs, found, list(rows), [(0, rows[0])])
-    assert stairs.get_ylim()[0] < 0.8 and stairs.get_ylim()[1] > 1.0
-    assert stairs.get_title(loc="left").endswith("val_bpb: baseline 1.000000, and nothing better was kept")
-
-
-RUNS = ((1.0, "keep", "baseline"), (0.8, "discard", "lucky"), (0.0, "crash", "broken"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
