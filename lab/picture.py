@@ -19,7 +19,7 @@ from prepare import Trouble
 
 PICTURE = ROOT / "progress.png"
 GREEN, GREY, RED = "#2a7f4f", "#8a8a8a", "#b3261e"
-WIDTH, LEFT, RIGHT, EDGE = 8.0, 0.75, 0.12, 0.1  # of the picture; beside its panels; beside its text
+WIDTH, LEFT, RIGHT, EDGE = 8.0, 0.85, 0.12, 0.1  # of the picture; beside its panels; beside its text
 HEAD, LEGEND, STAIRS, LOSSES, BELOW, LINE = 0.5, 0.24, 3.3, 1.6, 0.48, 0.15  # heights
 DPI = 200
 MONO, SIZE, LETTER = (
@@ -83,7 +83,7 @@ def _dress(axes):
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.label.set_size(8.5)
     axes.yaxis.label.set_size(8.5)
-    axes.yaxis.set_label_coords(-0.078, 0.5)
+    axes.yaxis.set_label_coords((EDGE + 0.13 - LEFT) / (WIDTH - LEFT - RIGHT), 0.5)
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.1, "ncols": 6, "frameon": False}
     axes.legend(**place, fontsize=8, handlelength=1.2, handletextpad=0.4, columnspacing=1.2)
 

@@ -107,6 +107,9 @@ def test_no_text_of_the_picture_runs_into_another_or_over_its_edge(night, tag):
     figure.draw(renderer)
     (axes,) = figure.axes
     texts = [*figure.texts, *axes.texts, axes.get_legend(), axes.xaxis.label, axes.yaxis.label]
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     boxes = [(text, text.get_window_extent(renderer)) for text in texts]
     for text, box in boxes:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
