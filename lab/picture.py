@@ -22,11 +22,8 @@ GREEN, GREY, RED = "#2a7f4f", "#8a8a8a", "#b3261e"
 WIDTH, LEFT, RIGHT, EDGE = 8.0, 0.85, 0.12, 0.1  # of the picture; beside its panels; beside its text
 HEAD, LEGEND, STAIRS, LOSSES, BELOW, LINE = 0.5, 0.24, 3.3, 1.6, 0.48, 0.15  # heights
 DPI = 200
-MONO, SIZE, LETTER = (
-    "DejaVu Sans Mono",
-    7.77,
-    13 / DPI,
-)  # comes with matplotlib; a letter is 13 pixels wide in points of 7.77
+MONO, SIZE = "DejaVu Sans Mono", 7.77  # comes with matplotlib; of this size a letter is 13 whole pixels wide
+LETTER = 13 / DPI
 
 
 def draw(tag: Tag, path: Path):
