@@ -59,16 +59,22 @@ def run(coroutine: Coroutine):
                 came[:] = time.monotonic(), number
                 task.cancel()
 
-        for number in numbers:
-            loop.add_signal_handler(number, cancel, number)
+        def hear(number, _):
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(cancel, number)
+            elif not came:
+                raise ending(number)
+
+        # With the loop's own handlers there is a moment, when it is closed, in which a signal kills.
+        for number in heard():
+            signal.signal(number, hear)
         return await coroutine
 
-    numbers = heard()
     try:
         return asyncio.run(main())
     except asyncio.CancelledError:
         if not came:
             raise
         raise ending(came[1]) from None
-    finally:  # asyncio leaves the handlers of the system behind
+    finally:
         hear_signals(came[0] if came else -math.inf)
