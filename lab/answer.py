@@ -25,9 +25,10 @@ def proposal(content):
             return block.input
     lines = "\n".join(block.text for block in content if block.type == "text").split("\n")
     edits, files = written_edits(lines), [code for code in written_files(lines) if "begin(" in code]
-    if not edits and not files:
+    taken = re.findall("[0-9a-f]{7,40}", named(lines, "take"))
+    if not edits and not files and not taken:
         return None
-    found = {"edits": edits} if edits else {"full_source": max(files, key=len)}
+    found = {"edits": edits} if edits else {"full_source": max(files, key=len)} if files else {"take": taken}
     first = next(filter(str.strip, lines))
     return found | {"description": named(lines, "description") or first, "hypothesis": named(lines, "hypothesis")}
 
@@ -71,11 +72,16 @@ def named(lines, name):
     return ""
 
 
-def apply_proposal(given, base):
-    """(source, None) for a proposal applied to the source `base`, or (None, what is wrong with it)."""
+def apply_proposal(given, base, near: dict[str, Draft]):
+    """(source, None) for a proposal applied to the source `base`, or (None, what is wrong with it).
+
+    near: near misses that it may take up again.
+    """
     if not isinstance(given, dict) or not isinstance(given.get("description"), str):
         return None, "The answer proposes nothing: call propose_experiment, with description, hypothesis and edits."
-    edits, full = given.get("edits"), given.get("full_source")
+    edits, full, taken = given.get("edits"), given.get("full_source"), given.get("take")
+    if not edits and not full and isinstance(taken, list) and taken:
+        return taken_up(taken[:9], base, near)
     if not edits and isinstance(full, str):
         return full.rstrip("\n") + "\n", None
     if not edits or not isinstance(edits, list):
@@ -104,6 +110,20 @@ def apply_proposal(given, base):
         problems.append("Two edits overlap; make them one.")
     if problems:
         return None, "\n".join([*problems, "Nothing was applied. Call again with all the edits."])
+    return source, None
+
+
+def taken_up(commits, base, near):
+    """(source, None) for the changes of near misses carried over to `base`, or (None, what is wrong)."""
+    source = base
+    for commit in commits:
+        if not isinstance(commit, str) or commit not in near:
+            return (
+                None,
+                f"There is no near miss {str(commit)[:40]!r} to take up; there are: {', '.join(near) or 'none'}.",
+            )
+        if (source := carried_over(near[commit], source)) is None:
+            return None, f"The change of {commit} does not fit this train.py, or the other ones; propose it as edits."
     return source, None
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from lab.book import Experiment
 from lab.curve import loss_at, read_curve
-from lab.researcher import Brief
+from lab.researcher import Brief, Draft
 from lab.tag import Tag
 from lab.verdict import certainties, noise
 from prepare import one_line
 
 CURVES = 3  # of the last experiments that are told, besides those of the best and of what it was made from
+MISSES, NEAR_AT = 8, 0.10  # near misses that may be taken up again, at most; P(better) that makes one
 WEIGHED = 40  # last experiments of which P(better) is told
 POINTS = 10  # of a curve, over the budget
 
@@ -20,6 +21,7 @@ def make_brief(tag: Tag, running: tuple[str, ...] = (), left: str = "") -> Brief
     kept = [e for e in tag.experiments if e.status == "keep"][-20:]
     commit = kept[-1].commit if kept else tag.settings["start"]
     sigma, drafts = noise(tag.experiments)[0], tag.drafts()
+    sure = certainties(tag.experiments, [e.commit for e in tag.experiments[-WEIGHED:]])
     return Brief(
         tag=tag.name,
         task=tag.task,
@@ -30,7 +32,8 @@ def make_brief(tag: Tag, running: tuple[str, ...] = (), left: str = "") -> Brief
         left=left,
         facts=facts(tag, commit) if kept else "",
         said=opening(tag.path(commit, 0) / "log.txt") if kept else "",
-        certainties=certainties(tag.experiments, [e.commit for e in tag.experiments[-WEIGHED:]]),
+        certainties=sure,
+        near_misses=near_misses(tag, sure),
         curves=curves(tag, kept),
         tried=tag.tried(),
         sources={e.commit: tag.source(e.commit).decode(errors="replace") for e in kept},
@@ -38,6 +41,13 @@ def make_brief(tag: Tag, running: tuple[str, ...] = (), left: str = "") -> Brief
         origins={c: draft.origin for c, draft in drafts.items()},
         failures=tuple(tag.failure(e.commit) for e in [e for e in tag.experiments if e.status == "crash"][-3:]),
     )
+
+
+def near_misses(tag: Tag, sure: dict[str, float]) -> dict[str, Draft]:
+    """{commit: draft that was discarded and may be better all the same}, the likeliest first."""
+    likely = [e for e in tag.experiments if e.status == "discard" and e.base and sure.get(e.commit, 0.0) >= NEAR_AT]
+    likely = sorted(likely, key=lambda e: -sure[e.commit])[:MISSES]
+    return {e.commit: Draft(tag.text(e.commit), e.description, base=tag.text(e.base)) for e in likely}
 
 
 def facts(tag: Tag, commit: str) -> str:

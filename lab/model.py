@@ -31,6 +31,7 @@ class Conversation:
     request: dict
     base: str  # the train.py that it shows, which edits refer to
     origin: dict[str, str]  # of its drafts
+    near: dict[str, Draft] = dataclasses.field(default_factory=dict)  # near misses that it may take up
     crashes: int = 0
 
     def reply(self, text):
@@ -207,7 +208,7 @@ class Model(Researcher):
             request["tool_choice"] = {"type": "auto", "disable_parallel_tool_use": True}
         program = digest(wishes.encode())[:12]
         origin = {"Researcher": self.backend.name, "Model": model, "Program": program}
-        return Conversation(request, brief.source, origin)
+        return Conversation(request, brief.source, origin, brief.near_misses)
 
     def converse(self, conversation: Conversation, tried) -> Draft:
         """The draft that a conversation leads to, mistakes repaired on the way; raises Unusable if it leads nowhere."""
@@ -222,7 +223,7 @@ class Model(Researcher):
                 raise Unusable(f"the answer ended with {one_line(answer.stop_reason, 200)}")
             conversation.request["messages"].append({"role": "assistant", "content": sent_back(answer.content)})
             given = proposal(answer.content)
-            source, problem = apply_proposal(given, conversation.base)
+            source, problem = apply_proposal(given, conversation.base, conversation.near)
             problem = problem or objection(source, conversation.base, tried) or self.repeated(source)
             if not problem:
                 return drafted(given, source, conversation)
@@ -245,8 +246,11 @@ class Model(Researcher):
 def drafted(given, source, conversation):
     """The Draft of a proposal that can be applied."""
     description, hypothesis = title(given["description"]), given.get("hypothesis")
+    pairs = given.get("edits") or ()
+    if not pairs and not given.get("full_source"):
+        description = title(f"again {' + '.join(given['take'])}: {description}")
     if conversation.crashes and not description.startswith("repair"):
         description = title(f"repair: {description}")
     hypothesis = one_line(hypothesis, 1000) if isinstance(hypothesis, str) else ""
-    edits = tuple((edit["old_str"], edit["new_str"]) for edit in given.get("edits") or ())
+    edits = tuple((edit["old_str"], edit["new_str"]) for edit in pairs)
     return Draft(source, description, hypothesis, conversation.origin, conversation.base, edits, conversation)

@@ -13,7 +13,7 @@ import prepare
 from exam.files import ROOT
 from lab.book import STATUSES, best_of
 from lab.researcher import Brief, Failure
-from lab.verdict import IN_DOUBT, KEEP_AT, changes
+from lab.verdict import IN_DOUBT, KEEP_AT, changes, percent
 from prepare import one_line
 
 MARK = f"data-{secrets.token_hex(6)}"  # drawn for this process, so that no text can have been written to contain it
@@ -40,7 +40,8 @@ the old text
 =======
 the new text
 >>>>>>> REPLACE
-or the whole new train.py in one ```python block."""
+or the whole new train.py in one ```python block, or a line 'take: ...' with the hashes of near misses, whose changes
+are then tried again on the best train.py, one or several at once."""
 
 
 def strings(**fields):
@@ -48,6 +49,7 @@ def strings(**fields):
     return {name: {"type": "string", "description": about} for name, about in fields.items()}
 
 
+TAKE = "instead of edits: hashes of near misses, whose changes are tried on the best train.py, one or several at once"
 EDIT = strings(old_str="text that occurs exactly once in train.py", new_str="what replaces it")
 TOOL = {
     "name": "propose_experiment",
@@ -57,6 +59,7 @@ TOOL = {
         "properties": {
             **strings(description="what changes, in one line"),
             **strings(hypothesis="why that should help here, in one or two sentences"),
+            "take": {"type": "array", "items": {"type": "string"}, "description": TAKE},
             "edits": {"type": "array", "items": {"type": "object", "properties": EDIT, "required": list(EDIT)}},
             **strings(full_source="the whole new train.py, instead of edits"),
         },
@@ -151,6 +154,13 @@ def history(brief: Brief) -> str:
         parts.append(
             f"Found elsewhere, in another train.py or on other machines; what helped there may help here:\n{ideas}"
         )
+    if brief.near_misses:
+        named = [
+            f"{commit} P {percent(brief.certainties.get(commit))}{now} {draft.description}"
+            for commit, draft in brief.near_misses.items()
+            for now in [" (made from this best)" if draft.base == brief.source else ""]
+        ]
+        parts.append(f"Near misses, of which `take` may take up some again:\n{quoted(chr(10).join(named), 2500)}")
     if brief.left:
         parts.append(f"What is left of this run: {brief.left}.")
     streak = len(list(itertools.takewhile(lambda e: e.status != "keep", reversed(brief.experiments))))
@@ -186,7 +196,7 @@ def rows(brief):
     short, full = [], []
     for e, change in changes(brief.experiments):
         gain, why = "-" if change is None else f"{-change:+.6f}", brief.hypotheses.get(e.commit)
-        sure = f" P {brief.certainties[e.commit]:.0%}" if e.commit in brief.certainties else ""
+        sure = f" P {percent(brief.certainties[e.commit])}" if e.commit in brief.certainties else ""
         short.append(f"{e.commit} {e.status} {e.val_bpb:.6f} {gain}{sure}{of_runs(e)} {e.description}")
         full.append(short[-1] + (f"\n    why: {one_line(why, 1000)}" if why else ""))
     full = newest(full, ROWS_ROOM / 2)

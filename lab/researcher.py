@@ -49,6 +49,7 @@ class Brief:
     facts: str = ""  # of the best's first run: device, steps, tokens, ...
     said: str = ""  # the first line that it printed
     certainties: dict[str, float] = dataclasses.field(default_factory=dict)  # {commit: P(better) than the best then}
+    near_misses: dict[str, "Draft"] = dataclasses.field(default_factory=dict)  # {commit: what it changed of what}
     curves: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # {commit: loss at tenths of it}
     tried: frozenset[str] = frozenset()  # digest() of every train.py that was tried
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: train.py} of the last kept ones
@@ -149,13 +150,11 @@ class Search(Researcher):
         constants = find_constants(brief.source)
         chance, tried = random.Random(f"{brief.tag} {len(brief.experiments)}"), brief.tried | self.given
         for step in [*self.followed(brief, constants), *self.drawn(constants, chance)]:
-            changed = set_constants(brief.source, step)
-            if (known := digest(changed.encode())) not in tried:
+            change = ", ".join(f"{name} {constants[name]} -> {new}" for name, new in step.items())
+            draft = constants_draft("search", brief.source, step, change)
+            if (known := digest(draft.source.encode())) not in tried:
                 self.given.add(known)
-                change = ", ".join(f"{name} {constants[name]} -> {new}" for name, new in step.items())
-                lines = zip(brief.source.split("\n"), changed.split("\n"))
-                edits = tuple((f"\n{old}\n", f"\n{new}\n") for old, new in lines if old != new)
-                return Draft(changed, change, origin={"Researcher": "search"}, base=brief.source, edits=edits)
+                return draft
         raise Trouble("the search has tried every step it knows from the best train.py; edit train.py, or ask a model")
 
     def followed(self, brief, constants):
@@ -189,6 +188,14 @@ def find_constants(source):
 def set_constants(source, new):
     """`source` with the constants of `new`, {name: text}, set."""
     return CONSTANT.sub(lambda found: found[1] + found[2] + new.get(found[1], found[3]), source)
+
+
+def constants_draft(researcher: str, source: str, new: dict[str, str], description: str, why="") -> Draft:
+    """The draft that sets constants of the best train.py."""
+    changed = set_constants(source, new)
+    lines = zip(source.split("\n"), changed.split("\n"))
+    edits = tuple((f"\n{old}\n", f"\n{now}\n") for old, now in lines if old != now)
+    return Draft(changed, description, why, {"Researcher": researcher}, source, edits)
 
 
 def steps(text):

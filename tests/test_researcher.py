@@ -782,7 +782,7 @@ def test_claude_gets_thinking_and_a_cache_and_a_local_model_neither(ask, costs):
 def test_edits_are_applied_all_or_none_and_a_miss_shows_the_nearest_lines():
     def apply(*pairs):
         edits = [{"old_str": old, "new_str": new} for old, new in pairs]
-        return apply_proposal({"description": "d", "edits": edits}, SOURCE)
+        return apply_proposal({"description": "d", "edits": edits}, SOURCE, {})
 
     assert apply(("LR = 0.001", "LR = 1"), ("CRASH = 0", "CRASH = 0 ")) == (
         SOURCE.replace("LR = 0.001", "LR = 1").replace("CRASH = 0", "CRASH = 0 "),
@@ -794,6 +794,50 @@ def test_edits_are_applied_all_or_none_and_a_miss_shows_the_nearest_lines():
     assert "overlap" in apply(("LR = 0.001", "a"), ("= 0.001", "b"))[1]
     assert "old_str not empty" in apply(("", "b"))[1]
     assert nearest("WIDTH = 23", SOURCE).count("\n") == 4
+
+
+def near_miss(old, new, description):
+    """A discarded change of the train.py that the tests begin with."""
+    return Draft(SOURCE.replace(old, new), description, base=SOURCE)
+
+
+MISSES = {
+    "aaaaaaa": near_miss("WIDTH = 32", "WIDTH = 64", "wider"),
+    "bbbbbbb": near_miss("ROWS = 16", "ROWS = 8", "fewer rows"),
+    "ccccccc": near_miss("LR = 0.001", "LR = 0.002", "another rate"),
+}
+NOW = dataclasses.replace(
+    after(BRIEF, "f000001", CHANGED), near_misses=MISSES, certainties={"aaaaaaa": 0.4, "bbbbbbb": 0.2, "ccccccc": 0.2}
+)
+
+
+def take(*commits):
+    return call({"description": "both together", "hypothesis": "They add up.", "take": list(commits)})
+
+
+def test_near_misses_are_told_and_may_be_tried_again_on_the_best_alone_or_together(ask):
+    told = prompt.history(NOW)
+    assert "Near misses, of which `take` may take up some again:" in told and "aaaaaaa P 40% wider" in told
+    server, researcher = ask(take("aaaaaaa", "bbbbbbb"), text("description: wider\nhypothesis: now\ntake: `aaaaaaa`"))
+    both, again = next_draft(researcher, NOW), next_draft(researcher, NOW)
+    wanted = CHANGED.replace("WIDTH = 32", "WIDTH = 64")
+    assert both.source == wanted.replace("ROWS = 16", "ROWS = 8") and both.base == CHANGED
+    assert both.description == "again aaaaaaa + bbbbbbb: both together"
+    assert (again.source, again.description, again.hypothesis) == (wanted, "again aaaaaaa: wider", "now")
+
+
+def test_a_near_miss_that_conflicts_is_unknown_or_stands_as_it_was_measured_goes_back_to_the_model(ask):
+    """What was made from the best of now and was discarded is not measured again: its result stands."""
+    unchanged = dataclasses.replace(NOW, source=SOURCE, tried=NOW.tried | {digest(MISSES["aaaaaaa"].source.encode())})
+    server, researcher = ask(take("ccccccc"), take("ddddddd"), take("bbbbbbb"), take("aaaaaaa"), GOOD, take(7), GOOD)
+    assert next_draft(researcher, NOW).description == "again bbbbbbb: both together"
+    assert next_draft(researcher, unchanged).source == CHANGED
+    replies = [
+        request["messages"][-1]["content"][0]["content"] for request in server.requests if request["messages"][1:]
+    ]
+    assert "does not fit this train.py" in replies[0] and "no near miss 'ddddddd'" in replies[1]
+    assert "Exactly this train.py has been tried already" in replies[2]
+    assert "no near miss '7'" in apply_proposal({"description": "d", "take": [7]}, SOURCE, MISSES)[1]
 
 
 def test_a_draft_is_merged_onto_a_better_train_py_and_a_conflict_costs_a_new_draft(ask, said):
