@@ -33,7 +33,7 @@ try:
     from exam import signals
     from exam.files import ROOT
     from exam.sandbox import sandbox_level
-    from lab import launch, page, picture, report
+    from lab import demo, launch, page, picture, report
     from lab.api import FALLBACK, MODEL
     from lab.book import Experiment, title
     from lab.drafts import Drafts
@@ -43,7 +43,7 @@ try:
     from lab.news import News
     from lab.repository import Repository
     from lab.researcher import Draft, Enough, Researcher
-    from lab.sharing import Sharing, sharing
+    from lab.sharing import Sharing, share, sharing
     from lab.slots import POLL, Slot, choose_slots, end_all, idle_cards
     from lab.tag import THROW_AWAY, Tag, book_owner
     from lab.verdict import difference
@@ -145,6 +145,8 @@ class Loop:
         drafts.taken[commit] = draft.description
         try:
             self.say(f"{commit} {draft.description}", "bold")
+            if draft.hypothesis:
+                self.say(f"        because: {title(draft.hypothesis)}", "dim")
             left = math.inf if self.most is None else self.most + 1 - len(tag.experiments) - drafts.begun
             drafts.think_ahead(len(self.slots), left)
             if tag.experiments:
@@ -295,7 +297,8 @@ def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
         launch.disown(owner.parent)
     scratch = tag.folder if slots[0].launcher else Path(tag.repository.repo.git_dir)
     flops, lacks = signals.run(launch.make_ready(task, slots[0], scratch))
-    tag.open(task, flops)
+    start = demo.worse(tag.repository.source("HEAD")) if arguments.demo and not tag.settings else None
+    tag.open(task, flops, start)
     level = "none" if arguments.no_sandbox else sandbox_level()
     speak(f"tag {tag.name}: task {task.name}, {task.time_budget:g} s a run, sandbox: {level}")
     if level == "none":
@@ -306,6 +309,8 @@ def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
     programme = "" if (ROOT / "program.md").exists() else "there is no program.md: a model is told the rules alone"
     for line in filter(None, [*lacks, idle_cards(slots), programme]):
         speak(line, "yellow")
+    for line in demo.FIRST if start else ():
+        speak(line)
 
 
 def night(tag: Tag, news: News, console: Console, arguments):
@@ -321,9 +326,9 @@ def night(tag: Tag, news: News, console: Console, arguments):
     locks = only_loop(here / "autoresearch.lock"), only_loop(common / f"autoresearch-{tag.name}.lock")
     with locks[0], locks[1], sharing(tag, arguments.share, arguments.peer) as given:
         home = repository.branch() or repository.run("rev-parse", "HEAD")
-        open_tag(tag, arguments, slots)
         researcher.check()
-        measure = Measure(tag, speak, arguments.greedy, sandbox=not arguments.no_sandbox)
+        open_tag(tag, arguments, slots)
+        measure = Measure(tag, speak, arguments.greedy, not arguments.no_sandbox, patient=not arguments.demo)
         if given:
             given.rows()
             researcher = Others(given.exchange, researcher, speak)
@@ -339,24 +344,12 @@ def night(tag: Tag, news: News, console: Console, arguments):
     with contextlib.suppress(Exception):  # the night has ended well all the same; `report` says what is missing
         picture.draw(tag, picture.PICTURE)
     more = f"; see {PAGE.name}" if PAGE.exists() else ""
-    news.send("the end", f"{reason}; best val_bpb {tag.best.val_bpb:.6f}{more}")
+    best = f"; best val_bpb {tag.best.val_bpb:.6f}" if tag.best else ""
+    news.send("the end", f"{reason}{best}{more}")
     if arguments.demo:
+        print(demo.NEXT)
         home = "-" if home == tag.branch else home
         print(f"To throw the demo away:{THROW_AWAY.format(tag=tag.name, home=home)}")
-
-
-def share(tag: Tag, remotes: list[str]):
-    """Push what a tag has found, and was not pushed yet, to git remotes. Raises Trouble where one does not take it."""
-    tag.look()
-    if not tag.settings or not tag.experiments:
-        raise Trouble(f"there are no results of a tag {tag.name} here to share; report --tag T shows what there is")
-    with sharing(tag, remotes, [], seconds=300.0) as given:
-        given.rows()
-        count = len(given.exchange.shared(tag.name))
-    if given.left:
-        raise Trouble("not everything is shared; nothing is lost, and the same command tries again")
-    of = len(tag.experiments) - 1  # the baseline changes nothing
-    tag.say(f"{count} of {of} experiments of tag {tag.name} are shared, under the name {given.exchange.who}")
 
 
 def main():

@@ -84,7 +84,7 @@ TASKS = (
     Task("climbmix", "climbmix", 2048, 8192, 40 * 2**19, 300.0, split_long=False),
     Task("tinystories", "tinystories", 512, 4096, 2**21, 300.0, split_long=True),
     Task("pycode", "pycode", 256, 2048, 2**17, 300.0, split_long=True),
-    Task("demo", "pycode", 256, 2048, 2**17, 20.0, split_long=True),
+    Task("demo", "pycode", 256, 2048, 2**17, 12.0, split_long=True),
 )
 TASKS = {task.name: task for task in TASKS}
 

@@ -20,6 +20,7 @@ No import runs back up this list, and none leads from here to agent_loop.py:
   command     one request to a command line of the owner's, such as claude -p, and its whole answer
   model       a language model as a researcher
   elsewhere   researchers that propose what another tag, or another machine, has kept
+  demo        a train.py made worse on purpose, and five recorded ideas
   slots       the places that hold one trial each
   tag         one tag: branch, candidates, evidence, best, record, settle
   brief       what a researcher is told of a tag

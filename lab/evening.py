@@ -5,6 +5,7 @@ import re
 import prepare
 from lab.api import Api
 from lab.command import Command
+from lab.demo import Recorded
 from lab.elsewhere import Replay
 from lab.model import Model
 from lab.repository import Repository
@@ -23,12 +24,12 @@ def sound_tag(tag: str) -> str:
 
 def choose_researcher(tag: Tag, arguments) -> Researcher:
     """The one asked for; after a replay only one that was named."""
-    default = "search" if arguments.demo else None if arguments.replay else "llm"
+    default = "demo" if arguments.demo else None if arguments.replay else "llm"
     named = default if arguments.researcher is None else arguments.researcher
-    researcher = Search() if named == "search" else None
+    researcher = {"search": Search, "demo": Recorded}.get(named, lambda: None)()
     if named == "llm":
         researcher = Model(Api(arguments, tag.folder / "cost.jsonl", tag.say), tag.say)
-    elif named not in ("search", None):
+    elif named and not researcher:
         researcher = Model(Command(named, tag.folder / "command.log", tag.say), tag.say)
     if not arguments.replay:
         return researcher

@@ -30,8 +30,9 @@ CLASS_TRIES = 3  # runs of the best by a launcher, which cannot be told on what,
 class Measure:
     """Holds the trials of one tag, and remembers what went wrong with the machines since the start of the loop."""
 
-    def __init__(self, tag: Tag, say: Say, greedy=False, sandbox=True):
-        self.tag, self.say, self.greedy, self.sandbox = tag, say, greedy, sandbox
+    def __init__(self, tag: Tag, say: Say, greedy=False, sandbox=True, patient=True):
+        """patient: whether to wait for a quiet moment where others disturb what went well."""
+        self.tag, self.say, self.greedy, self.sandbox, self.patient = tag, say, greedy, sandbox, patient
         self.running: dict[Slot, Running] = {}
         self.faults = collections.Counter()  # {(commit, run): trials in a row in which the machine was at fault}
         self.slow_pauses = collections.Counter()  # {slot: pauses in a row for slowness}
@@ -72,6 +73,8 @@ class Measure:
         start = self.tag.settings["start"]
         experiment, held = Experiment(start, 0.0, 0.0, "crash", draft.description), 0
         wanted = 1 if self.greedy else verdict.BASELINE_RUNS
+        if not self.greedy and not self.tag.results(start):
+            self.say(f"it runs {wanted} times, since the scores of equal code differ: by how much?")
         while True:
             runs = range(held, max(held + 1, min(wanted, held + len(slots))))
             for result in await _side_by_side(
@@ -100,7 +103,7 @@ class Measure:
         if not odd:
             return False
         said = f"the baseline made {', '.join(f'{run.steps or 0:.0f}' for run in runs)} steps, with equal code"
-        if self.rounds >= SLOW_TRIES * SLOW_PAUSES:
+        if self.rounds >= SLOW_TRIES * SLOW_PAUSES or not self.patient:
             self.say(f"{said}: no quiet moment was found, and only large gains will be told from noise", "red")
             return False
         self.rounds += 1
@@ -161,6 +164,9 @@ class Measure:
             fault = self._slowness(commit, result) or self._disturbance(commit, result)
             if not fault:
                 self.slow_pauses[slot] = 0
+                return result
+            if result.outcome == "ok" and not self.patient:
+                self.say(f"{fault}; this run counts all the same", "yellow")
                 return result
             # No wait has helped: the machine may never be quieter, or never have had the rate that it is given.
             if self.slow_pauses[slot] >= SLOW_PAUSES and (result.outcome == "ok" or not self.tag.experiments):

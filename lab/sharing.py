@@ -167,3 +167,17 @@ def sharing(tag: Tag, shares_to: list[str], takes_from: list[str], seconds=CLOSI
         if left := exchange.close(seconds):
             given.left = left
             tag.say(f"{left} shared experiments could not be pushed yet; the next start with --share does it", "yellow")
+
+
+def share(tag: Tag, remotes: list[str]):
+    """Push what a tag has found, and was not pushed yet, to git remotes. Raises Trouble where one does not take it."""
+    tag.look()
+    if not tag.settings or not tag.experiments:
+        raise Trouble(f"there are no results of a tag {tag.name} here to share; report --tag T shows what there is")
+    with sharing(tag, remotes, [], seconds=300.0) as given:
+        given.rows()
+        count = len(given.exchange.shared(tag.name))
+    if given.left:
+        raise Trouble("not everything is shared; nothing is lost, and the same command tries again")
+    of = len(tag.experiments) - 1  # the baseline changes nothing
+    tag.say(f"{count} of {of} experiments of tag {tag.name} are shared, under the name {given.exchange.who}")

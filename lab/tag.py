@@ -70,20 +70,21 @@ class Tag:
             raise Trouble(f"an earlier tag {self.name} has left commits; give another --tag, or forget them: {forget}")
         return task
 
-    def open(self, task: Task, flops: float | None):
+    def open(self, task: Task, flops: float | None, source: str | None = None):
         """Create the tag, or carry it on: book, branch, settings. `task` is of check(), and its data are prepared.
 
         flops: machine_flops() for a new tag; a later measurement must not change the size of the same train.py.
+        source: the train.py that a new tag starts from, instead of that of HEAD.
         """
         verify(task)
         self.task = task
-        self.folder.mkdir(parents=True, exist_ok=True)
         lost = self._lost_branch()
         self._fetch_book()
         if not self.repository.exists(f"refs/heads/{self.branch}"):
-            self.repository.run("branch", self.branch, lost or "HEAD")
+            self.repository.run("branch", self.branch, lost or self._begin(source))
         if self.repository.branch() != self.branch:
             self.repository.run("switch", "--quiet", self.branch)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not self.settings:
             rows = read_book(self.book)
             start = rows[0].commit if rows else self.repository.remember(self.name, self.branch)
@@ -99,6 +100,23 @@ class Tag:
             self._load()
         if self.experiments:
             self.settle()
+        # So that a report can tell waiting from not running.
+        with contextlib.suppress(OSError), open(self.folder / "starts", "a") as file:
+            file.write(f"{time.time():.0f}\n")
+
+    def starts(self) -> list[float]:
+        """When the loop was started, time.time(), each time."""
+        with contextlib.suppress(OSError, ValueError):
+            return [float(line) for line in (self.folder / "starts").read_text().split()]
+        return []
+
+    def _begin(self, source):
+        """The commit that a new tag starts from: HEAD, or one that has another train.py."""
+        head = self.repository.run("rev-parse", "HEAD")
+        if source is None:
+            return head
+        scratch = Path(self.repository.repo.git_dir) / "autoresearch-start.py"
+        return self.repository.commit(head, source.encode(), f"where {self.name} starts", scratch)
 
     def look(self):
         """Read what the tag has found so far, changing nothing."""

@@ -17,7 +17,7 @@ EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
     book curve posterior verdict simpler trust repository researcher peers plumbing store exchange prompt answer api
-    command model elsewhere slots tag brief drafts transfer evening sharing launch measure findings picture report
+    command model elsewhere demo slots tag brief drafts transfer evening sharing launch measure findings picture report
     page view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
