@@ -151,13 +151,14 @@ def slot_name(out: Path) -> str:
     return ""
 
 
-def gaps(held: list[Held]) -> float:
-    """Seconds between the trials of each slot, from its first to its last: for a draft, or with no loop at all."""
-    return sum(
-        max(0.0, then.start - before.end)
-        for each in by_slot(held).values()
-        for before, then in itertools.pairwise(each)
-    )
+def gaps(held: list[Held], starts: list[float]) -> tuple[float, float]:
+    """Seconds between the trials of each slot: (in which a loop ran, in which none did, before one of `starts`)."""
+    waited = stopped = 0.0
+    for each in by_slot(held).values():
+        for before, then in itertools.pairwise(each):
+            begun = max([before.end, *(start for start in starts if start <= then.start)])
+            waited, stopped = waited + max(0.0, then.start - begun), stopped + begun - before.end
+    return waited, stopped
 
 
 def by_slot(held: list[Held]) -> dict[str, list[Held]]:
@@ -168,7 +169,7 @@ def by_slot(held: list[Held]) -> dict[str, list[Held]]:
     return dict(sorted(found.items()))
 
 
-def time_spent(held: list[Held]) -> dict[str, float]:
+def time_spent(held: list[Held], starts: list[float]) -> dict[str, float]:
     """Where the time of the slots went, {phase: seconds}; {} without trials."""
     spent = collections.Counter()
     for result in (each.result for each in held):
@@ -176,7 +177,7 @@ def time_spent(held: list[Held]) -> dict[str, float]:
         spent.update(dict(zip(("training", "start-up", "exam"), parts)))
         spent["rest of the trial"] += max(0.0, result.total_seconds - sum(parts))
     if held:
-        spent["between trials"] = gaps(held)
+        spent["between trials"] = gaps(held, starts)[0]
     return {phase: round(seconds, 1) for phase, seconds in spent.items()}
 
 
@@ -192,28 +193,29 @@ class Pace:
 
     name: str
     trials: int
-    hours: float  # between the start of the first trial and the end of the last, of all slots together
+    hours: float  # in which a loop ran, from the start of the first trial to the end of the last, of all slots together
     idle: float  # share of them without a trial
 
 
-def pace(held: list[Held]) -> list[Pace]:
-    """Of each slot, in order."""
-    return [_pace(name, {name: each}) for name, each in by_slot(held).items()]
+def pace(held: list[Held], starts: list[float]) -> list[Pace]:
+    """Of each slot, in order; starts: of the loop, as for all here."""
+    return [_pace(name, each, starts) for name, each in by_slot(held).items()]
 
 
-def pace_of_devices(held: list[Held]) -> list[Pace]:
+def pace_of_devices(held: list[Held], starts: list[float]) -> list[Pace]:
     """Of each kind of device, in order; trials that do not tell theirs are left out."""
     kinds = collections.defaultdict(list)
     for each in held:
         if each.result.device:
             kinds[each.result.device].append(each)
-    return [_pace(name, by_slot(kinds[name])) for name in sorted(kinds)]
+    return [_pace(name, kinds[name], starts) for name in sorted(kinds)]
 
 
-def _pace(name, slots):
-    hours = sum(each[-1].end - each[0].start for each in slots.values()) / 3600
-    idle = sum(map(gaps, slots.values())) / 3600 / hours if hours > 0 else 0.0
-    return Pace(name, sum(map(len, slots.values())), hours, idle)
+def _pace(name, held, starts):
+    waited, stopped = gaps(held, starts)
+    whole = sum(each[-1].end - each[0].start for each in by_slot(held).values())
+    hours = (whole - stopped) / 3600
+    return Pace(name, len(held), hours, waited / 3600 / hours if hours > 0 else 0.0)
 
 
 def cost(tag: Tag) -> dict[str, float]:

@@ -17,7 +17,7 @@ from lab.report import certainty, expenses, failures, paces, transfer_rows
 from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers
-from lab.verdict import changes
+from lab.verdict import changes, percent
 
 DIFF_LINES = 400  # of one change
 CURVE_POINTS = 200
@@ -46,7 +46,7 @@ def page(tag: Tag) -> str:
             *elsewhere(tag),
             "<h2>Time, money, machine</h2>",
             *(f"<p>{escape(line)}</p>" for line in expenses(tag, held)),
-            table(paces(held, found.experiments)),
+            table(paces(held, tag.starts(), found.experiments)),
         ]
     return PAGE.format(title=escape(found.tag), style=STYLE, body="\n".join(body), script=SCRIPT)
 
@@ -144,8 +144,11 @@ def kept_changes(tag: Tag, found: Findings):
         if base:
             sources = [tag.source(each).decode(errors="replace") for each in (base.commit, e.commit)]
             parts += [difference(*sources), curves(tag, e.commit, base.commit)]
-        head = f"<b>{change.gain:+.6f}</b> {escape(e.description)} <code>{escape(e.commit)}</code> {e.val_bpb:.6f}"
-        yield f"<details><summary>{head}</summary>{''.join(parts)}</details>"
+        sure = f", P(better) {percent(change.certainty)}" if change.certainty is not None else ""
+        told = f"<code>{escape(e.commit)}</code> {e.val_bpb:.6f}{escape(sure)}"
+        head = f"<b>{change.gain:+.6f}</b> {escape(e.description)} {told}"
+        shown = " open" * (change is found.kept[-1])
+        yield f"<details{shown}><summary>{head}</summary>{''.join(parts)}</details>"
     if not found.kept:
         yield "<p>nothing but the baseline: no change was better with enough certainty</p>"
 

@@ -7,11 +7,13 @@ import re
 from rich.console import Console
 from rich.text import Text
 
+from exam.files import ROOT
 from lab.findings import Findings, cost, find, nearest, pace, pace_of_devices, quiet, time_spent, trials, weighed
 from lab.picture import PICTURE, draw
 from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers
+from lab.verdict import percent
 from prepare import Trouble
 
 
@@ -40,12 +42,12 @@ def to_json(tag: Tag, found: Findings) -> str:
     told["failures"] = [{"commit": e.commit, "description": e.description, "reason": why} for e, why in failures(tag)]
     held = trials(tag)
     told["others"] = quiet(held)
-    told |= {"cost": cost(tag), "seconds": time_spent(held)}
+    told |= {"cost": cost(tag), "seconds": time_spent(held, tag.starts())}
     told["transfers"] = [dataclasses.asdict(each) for each in transfers(tag)]
     told |= {"peers": [dataclasses.asdict(each) for each in peers(tag)]}
     told |= {"heard": [dataclasses.asdict(each) for each in heard(tag)]}
-    told |= {"slots": [dataclasses.asdict(each) for each in pace(held)]}
-    told |= {"devices": [dataclasses.asdict(each) for each in pace_of_devices(held)]}
+    told |= {"slots": [dataclasses.asdict(each) for each in pace(held, tag.starts())]}
+    told |= {"devices": [dataclasses.asdict(each) for each in pace_of_devices(held, tag.starts())]}
     return json.dumps(json.loads(json.dumps(told), parse_constant=lambda name: None), indent=1)
 
 
@@ -101,12 +103,17 @@ def tell(tag: Tag, console: Console):
     rows = [(h.commit, f"{h.kept}", f"{h.tried}", h.description) for h in heard(tag)]
     table(("commit", "kept", "tried", "on so many other machines, by their own word"), *rows)
     held = trials(tag)
-    table(*paces(held, found.experiments))
+    table(*paces(held, tag.starts(), found.experiments))
     line()
     for text in expenses(tag, held):
         line(text)
     if found.task:
         line(f"the best train.py: git show {found.best.commit}:./train.py; its change: report --diff")
+    if (model := tag.path(found.best.commit, 0) / "model.safetensors").exists():
+        line(f"its model: {model.relative_to(ROOT)}; docs/results.md samples from it")
+
+
+ENOUGH = 5  # experiments without a keep say something
 
 
 def change_rows(changes, what):
@@ -123,16 +130,12 @@ def certainty(found):
         yield f"equal code scores differently from run to run: by {found.sigma:.6f} (standard deviation, sigma)"
     if (sure := found.confidence) is not None:
         yield f"P(better), the probability that the best is better than the baseline: {percent(sure)}"
+    elif not found.kept and found.experiments >= ENOUGH and found.sigma:
+        yield "no change was better with enough certainty: in two runs a gain of some three sigma can be told"
+        yield "what may help: a quieter machine or a longer --budget, which lower sigma, or other ideas in program.md"
     elif found.kept:
         change = "the machine's speed has changed since the baseline"
         yield f"how sure that is cannot be told: {change if found.sigma else 'nothing was run twice'}"
-
-
-def percent(probability):
-    """A probability as one reads it, never as a certainty; "" for what is not known."""
-    if probability is None:
-        return ""
-    return "over 99.9%" if probability > 0.999 else "under 1%" if probability < 0.01 else f"{probability:.0%}"
 
 
 def transfer_rows(ideas):
@@ -148,9 +151,9 @@ def transfer_rows(ideas):
         yield i.commit, there, here, i.word, who + i.description
 
 
-def paces(held, experiments):
+def paces(held, starts, experiments):
     """Rows on what each slot and each kind of device has done, where there are several; [] where not."""
-    slots, devices = pace(held), pace_of_devices(held)
+    slots, devices = pace(held, starts), pace_of_devices(held, starts)
     if len(slots) < 2 and len(devices) < 2:
         return []
     passed = (held[-1].end - min(each.start for each in held)) / 3600
@@ -164,10 +167,10 @@ def paces(held, experiments):
 
 def expenses(tag, held):
     """Lines on where the time and the money went."""
-    seconds, paid = time_spent(held), cost(tag)
+    seconds, paid = time_spent(held, tag.starts()), cost(tag)
     if whole := sum(seconds.values()):
         parts = ", ".join(f"{phase} {share / whole:.0%}" for phase, share in seconds.items())
-        yield f"time: {whole / 3600:.1f} h: {parts}"
+        yield f"time: {f'{whole / 3600:.1f} h' if whole >= 3600 else f'{whole / 60:.0f} min'}: {parts}"
     if others := quiet(held):
         yield f"others had {others[0]:.0%} of the CPU in the median trial, and at most {others[1]:.0%}"
     if requests := paid.pop("requests"):
@@ -180,7 +183,7 @@ def aligned(rows, width):
     """Rows of cells as lines of at most `width` characters, columns aligned, those of numbers to the right."""
     columns = list(zip(*rows))[:-1]
     widths = [max(map(len, column)) for column in columns]
-    numeric = [all(re.fullmatch(r"[+-]?[\d.]*%?", cell) for cell in column[1:]) for column in columns]
+    numeric = [all(re.fullmatch(r"(over |under )?[+-]?[\d.]*%?", cell) for cell in column[1:]) for column in columns]
     for row in rows:
         placed = [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric)]
         line = "  ".join([*placed, row[-1]])

@@ -198,6 +198,13 @@ def past(experiments: list[Experiment], best: Experiment, candidate: Experiment)
     return tuple(told)
 
 
+def percent(probability: float | None) -> str:
+    """A probability as one reads it, and never as a certainty; "" for what is not known."""
+    if probability is None:
+        return ""
+    return "over 99%" if probability > 0.99 else "under 1%" if probability < 0.01 else f"{probability:.0%}"
+
+
 def certainties(experiments: list[Experiment], wanted) -> dict[str, float]:
     """{commit: P(better) than the best before it, by what was known then} of those in `wanted` where it can be told."""
     best, known = None, {}
@@ -245,7 +252,7 @@ def judge_baseline(baseline: Experiment, greedy=False) -> Verdict:
     device = statistics.mode(run.device for run in baseline.runs)
     scores = tuple(run.val_bpb for run in baseline.runs if run.device == device)
     done = len(scores) >= (1 if greedy else BASELINE_RUNS)
-    return Verdict("keep" if done else "again", f"sigma {noise([baseline])[0]:.6f}", scores)
+    return Verdict("keep" if done else "again", f"equal code differs by {noise([baseline])[0]:.6f} (sigma)", scores)
 
 
 def judge(
@@ -267,7 +274,7 @@ def judge(
     decision, reason = "discard", "no run of the best compares"
     if rivals and greedy:
         probability = probability_better(scores, rivals, GREEDY)
-        decision, reason = "keep" if probability else "discard", f"P(better) {probability:.0%}"
+        decision, reason = ("keep", "lower") if probability else ("discard", "not lower")
     elif rivals:
         decision, reason = decide(past(experiments, best, candidate), shown(candidate, scores), deletes)
     if decision == "again" and len(candidate.runs) >= 2 * MAX_RUNS:  # the device changes from run to run
@@ -280,14 +287,14 @@ def judge(
 def decide(history: tuple[Scores, ...], candidate: Scores, deletes=False) -> tuple[str, str]:
     """(decision, why): keep, discard, or again where one more run of the candidate is worth its time."""
     probability = probability_of_gain(history, candidate)
-    reason = f"P(better) {probability:.0%}"
+    reason = f"P(better) {percent(probability)}"
     if IN_DOUBT[0] <= probability <= IN_DOUBT[1] and candidate.runs < MAX_RUNS:
         return "again", reason
     if probability >= KEEP_AT:
         return "keep", reason
     if deletes:
         no_loss = probability_of_no_loss(history, candidate, MARGIN)
-        reason = f"it only deletes, P(not worse by more than a run varies) {no_loss:.0%}"
+        reason = f"it only deletes, P(not worse by more than a run varies) {percent(no_loss)}"
         if IN_DOUBT[0] <= no_loss < NO_LOSS_AT and candidate.runs < MAX_RUNS:
             return "again", reason
         return "keep" if no_loss >= NO_LOSS_AT else "discard", reason

@@ -72,7 +72,10 @@ class View:
         scored = ", being scored" if seconds >= self.tag.task.time_budget else ""
         loss = "starting" if loss is None else f"loss {loss:.3f}"
         loss += f", the best one's at this time {usual:.3f}" if usual else ""
-        yield "now", f"{running.commit} {running.description}"
+        once_more = (
+            " (the best, once more)" if running.run and found.best and running.commit == found.best.commit else ""
+        )
+        yield "now", f"{running.commit} {running.description}{once_more}"
         yield "", f"{self.bar(seconds, 30)} {seconds:.0f} of {self.tag.task.time_budget:g} s{scored}"
         yield "", f"run {running.run + 1}: {loss}"
 

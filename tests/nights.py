@@ -114,7 +114,7 @@ def night(seed, world, greedy=False) -> Night:
         book.append(dataclasses.replace(candidate, status="keep" if decision == "keep" else "discard"))
         if decision == "keep":
             level, best = level - gain, book[-1]
-            better = re.match(r"P\(better\) (\d+)%", ruling.reason)
+            better = re.match(r"P\(better\) (?:over |under )?(\d+)%", ruling.reason)
             found.kept, found.false = found.kept + 1, found.false + bool(better and gain <= 0)
             found.deleted += not better
             found.beliefs += [(int(better[1]) / 100, gain > 0)] if better else []

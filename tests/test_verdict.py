@@ -183,7 +183,11 @@ def test_a_baseline_runs_three_times_on_one_device_wherever_else_it_has_run():
     runs = (1.0, 100, "A"), (1.2, 100, "B"), (1.002, 100, "A"), (1.001, 100, "A")
     assert verdict.judge_baseline(experiment(*runs[:3])).decision == "again"
     done = verdict.judge_baseline(experiment(*runs))
-    assert (done.decision, done.reason, done.scores) == ("keep", "sigma 0.001000", (1.0, 1.002, 1.001))
+    assert (done.decision, done.reason, done.scores) == (
+        "keep",
+        "equal code differs by 0.001000 (sigma)",
+        (1.0, 1.002, 1.001),
+    )
 
 
 def test_a_best_that_could_not_run_on_the_other_device_says_nothing_about_the_candidate_there():
