@@ -1,5 +1,6 @@
 """What a model answers: from a reply to a train.py that is worth a trial, or to words that the model can act on."""
 
+import contextlib
 import difflib
 import inspect
 import itertools
@@ -30,7 +31,16 @@ def proposal(content):
         return None
     found = {"edits": edits} if edits else {"full_source": max(files, key=len)} if files else {"take": taken}
     first = next(filter(str.strip, lines))
-    return found | {"description": named(lines, "description") or first, "hypothesis": named(lines, "hypothesis")}
+    told = {name: named(lines, name) for name in ("hypothesis", "expected_gain")}
+    return found | told | {"description": named(lines, "description") or first}
+
+
+def expected_gain(given) -> float | None:
+    """The gain that a proposal foretells, in bits per byte; None where it does not, or nothing that can be."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if abs(gain := float(given.get("expected_gain"))) < 10:  # false for nan
+            return gain
+    return None
 
 
 def written_edits(lines):
@@ -67,8 +77,8 @@ def named(lines, name):
     """What follows `name`: in the first of the lines that begins with it; empty without one."""
     for line in lines:
         head, _, rest = line.partition(":")
-        if len(head) < 50 and re.sub(r"\W", "", head).lower() == name and re.search(r"\w", rest):
-            return re.sub(r"^\W+", "", rest)
+        if len(head) < 50 and re.sub(r"\W+", "_", head.strip(" *#_-`")).lower() == name and re.search(r"\w", rest):
+            return re.sub(r"^(?![+-]?\.?\d)\W+", "", rest.lstrip(" *_`"))
     return ""
 
 

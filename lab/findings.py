@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import math
 import statistics
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lab.api import TOKENS
 from lab.book import Experiment, best_of
 from lab.curve import json_lines
 from lab.tag import Tag
-from lab.verdict import certainties, changes, confidence, difference, noise
+from lab.verdict import certainties, changes, confidence, difference, noise, rank_correlation
 from prepare import one_line
 
 
@@ -116,6 +117,31 @@ def weighed(found: Findings) -> Findings:
 def nearest(found: Findings) -> list[Change]:
     """The discarded ones that missed by least, in that order."""
     return sorted(found.discarded, key=lambda change: -change.gain)[:NEAREST]
+
+
+@dataclasses.dataclass(frozen=True)
+class Foresight:
+    """What the researcher has expected of its experiments, beside what came of them; means in bits per byte."""
+
+    experiments: int  # of which it has foretold a gain
+    expected: float
+    observed: float
+    rank_correlation: float | None  # None for fewer than three
+
+
+def foresight(tag: Tag) -> Foresight | None:
+    """None where nothing was foretold, or nothing came of it that compares."""
+    told, pairs = tag.drafts(), []
+    for experiment, change in changes(list(tag.experiments)):
+        draft = told.get(experiment.commit)
+        with contextlib.suppress(KeyError, ValueError, AttributeError):  # none, or a trailer that somebody has written
+            expected = float(draft.origin["Expects"])
+            if change is not None and math.isfinite(expected):
+                pairs.append((expected, -change))
+    if not pairs:
+        return None
+    expected, observed = (statistics.fmean(values) for values in zip(*pairs))
+    return Foresight(len(pairs), expected, observed, rank_correlation(pairs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

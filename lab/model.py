@@ -10,7 +10,7 @@ import threading
 import time
 from concurrent.futures import Future
 
-from lab.answer import apply_proposal, carried_over, objection, proposal
+from lab.answer import apply_proposal, carried_over, expected_gain, objection, proposal
 from lab.api import Api, Rejected, Unusable, sent_back, waiting_time
 from lab.book import title
 from lab.command import Command
@@ -253,4 +253,6 @@ def drafted(given, source, conversation):
         description = title(f"repair: {description}")
     hypothesis = one_line(hypothesis, 1000) if isinstance(hypothesis, str) else ""
     edits = tuple((edit["old_str"], edit["new_str"]) for edit in pairs)
-    return Draft(source, description, hypothesis, conversation.origin, conversation.base, edits, conversation)
+    gain = expected_gain(given)
+    origin = conversation.origin | ({} if gain is None else {"Expects": f"{gain:+.6f}"})
+    return Draft(source, description, hypothesis, origin, conversation.base, edits, conversation)

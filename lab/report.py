@@ -8,7 +8,19 @@ from rich.console import Console
 from rich.text import Text
 
 from exam.files import ROOT
-from lab.findings import Findings, cost, find, nearest, pace, pace_of_devices, quiet, time_spent, trials, weighed
+from lab.findings import (
+    Findings,
+    cost,
+    find,
+    foresight,
+    nearest,
+    pace,
+    pace_of_devices,
+    quiet,
+    time_spent,
+    trials,
+    weighed,
+)
 from lab.picture import PICTURE, draw
 from lab.sharing import heard, peers
 from lab.tag import Tag
@@ -44,6 +56,7 @@ def to_json(tag: Tag, found: Findings) -> str:
     told["others"] = quiet(held)
     told |= {"cost": cost(tag), "seconds": time_spent(held, tag.starts())}
     told["transfers"] = [dataclasses.asdict(each) for each in transfers(tag)]
+    told["foresight"] = dataclasses.asdict(seen) if (seen := foresight(tag)) else None
     told |= {"peers": [dataclasses.asdict(each) for each in peers(tag)]}
     told |= {"heard": [dataclasses.asdict(each) for each in heard(tag)]}
     told |= {"slots": [dataclasses.asdict(each) for each in pace(held, tag.starts())]}
@@ -173,6 +186,12 @@ def expenses(tag, held):
         yield f"time: {f'{whole / 3600:.1f} h' if whole >= 3600 else f'{whole / 60:.0f} min'}: {parts}"
     if others := quiet(held):
         yield f"others had {others[0]:.0%} of the CPU in the median trial, and at most {others[1]:.0%}"
+    if seen := foresight(tag):
+        rank = "" if seen.rank_correlation is None else f", rank correlation {seen.rank_correlation:+.2f}"
+        yield (
+            f"the researcher expected {seen.expected:+.6f} of {seen.experiments} experiments in the mean, and they "
+            f"brought {seen.observed:+.6f}{rank}"
+        )
     if requests := paid.pop("requests"):
         usd = paid.pop("usd")
         tokens = ", ".join(f"{number:,} {key.replace('_', ' ')}" for key, number in paid.items())

@@ -36,7 +36,7 @@ from test_night import IMPATIENT, LOOP, git_in
 
 import prepare
 from lab import api, model, prompt
-from lab.answer import apply_proposal, carried_over, merge, nearest
+from lab.answer import apply_proposal, carried_over, expected_gain, merge, nearest
 from lab.api import Api
 from lab.book import Experiment, Run, title
 from lab.curve import json_lines
@@ -824,6 +824,25 @@ def test_near_misses_are_told_and_may_be_tried_again_on_the_best_alone_or_togeth
     assert both.source == wanted.replace("ROWS = 16", "ROWS = 8") and both.base == CHANGED
     assert both.description == "again aaaaaaa + bbbbbbb: both together"
     assert (again.source, again.description, again.hypothesis) == (wanted, "again aaaaaaa: wider", "now")
+
+
+def test_what_a_model_expects_is_remembered_and_told_beside_what_came_of_it(ask):
+    foretold = call({"description": "d", "hypothesis": "h", "expected_gain": 0.0125, "full_source": CHANGED + "X = 1"})
+    words = "description: d\nexpected gain: about\nhypothesis: - it helps\n```python\n" + CHANGED + "Z = 1\n```"
+    other = words.replace("about", "-.5").replace("Z = 1", "Y = 1")
+    server, researcher = ask(foretold, text(other), text(words))
+    first, second, third = (next_draft(researcher, BRIEF) for _ in range(3))
+    assert first.origin["Expects"] == "+0.012500" and second.origin["Expects"] == "-0.500000"
+    assert "Expects" not in third.origin and third.hypothesis == "it helps"
+    assert Draft.from_message(first.message).origin["Expects"] == "+0.012500"
+    brief = after(BRIEF, "f000001", CHANGED, status="discard", val_bpb=1.1)
+    told = prompt.history(dataclasses.replace(brief, origins={"f000001": first.origin}))
+    assert "f000001 discard 1.100000 -0.100000 expected +0.012500 f000001" in told
+
+
+@pytest.mark.parametrize("value", ["much", [1], float("inf"), float("nan"), None, True, {"a": 1}, "9" * 400])
+def test_an_expectation_that_is_no_number_is_none(value):
+    assert expected_gain({"expected_gain": value}) in (None, 1.0)
 
 
 def test_a_near_miss_that_conflicts_is_unknown_or_stands_as_it_was_measured_goes_back_to_the_model(ask):
