@@ -7,7 +7,7 @@ from lab.book import Experiment
 from lab.curve import loss_at, read_curve
 from lab.researcher import Brief, Draft
 from lab.tag import Tag
-from lab.verdict import certainties, noise
+from lab.verdict import certainties, level, noise
 from prepare import one_line
 
 CURVES = 3  # of the last experiments that are told, besides those of the best and of what it was made from
@@ -33,6 +33,7 @@ def make_brief(tag: Tag, running: tuple[str, ...] = (), left: str = "") -> Brief
         facts=facts(tag, commit) if kept else "",
         said=opening(tag.path(commit, 0) / "log.txt") if kept else "",
         certainties=sure,
+        level=level(tag.experiments),
         near_misses=near_misses(tag, sure),
         curves=curves(tag, kept),
         tried=tag.tried(),

@@ -13,7 +13,7 @@ from lab.api import TOKENS
 from lab.book import Experiment, best_of
 from lab.curve import json_lines
 from lab.tag import Tag
-from lab.verdict import certainties, changes, confidence, difference, noise, rank_correlation
+from lab.verdict import certainties, changes, confidence, difference, level, noise, rank_correlation
 from prepare import one_line
 
 
@@ -44,6 +44,7 @@ class Findings:
     gain_percent: float | None = None
     sigma: float | None = None  # standard deviation of one run
     confidence: float | None = None  # probability that the best is better than the baseline
+    level: float | None = None  # val_bpb that the best is expected to have by all scores, not only by its own
 
     @property
     def experiments(self) -> int:
@@ -111,7 +112,7 @@ def weighed(found: Findings) -> Findings:
         for some in (found.kept, found.discarded)
     )
     whole = confidence(rows, found.best, found.baseline)
-    return dataclasses.replace(found, kept=kept, discarded=discarded, confidence=whole)
+    return dataclasses.replace(found, kept=kept, discarded=discarded, confidence=whole, level=level(rows))
 
 
 def nearest(found: Findings) -> list[Change]:

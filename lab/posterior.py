@@ -80,24 +80,49 @@ def probability_of_no_loss(history: tuple[Scores, ...], candidate: Scores, margi
     return _probability(history, candidate, ideas, wanted)
 
 
+def level_of_best(history: tuple[Scores, ...], ideas=IDEAS) -> float | None:
+    """Expected true score of the last of `history` that was kept, by its own runs and by what came after it.
+
+    None without noise, or where it has no run that compares.
+    """
+    sigma = pooled(history)[0]
+    beliefs = _beliefs(history, ideas, sigma) if sigma > LEAST else []
+    if not beliefs or beliefs[0].level is None:
+        return None
+    return _mean([(belief.fit - math.log(belief.sigma), belief.level) for belief in beliefs])
+
+
 def _probability(history, candidate, ideas, wanted):
     """P(the candidate gains more than wanted(belief), in sigma)."""
     sigma = pooled([*history, candidate])[0]
     if not sigma > LEAST:
         best = [scores for scores in history if scores.kept and scores.runs][-1]
         return float(candidate.mean < best.mean)
+    found = []
+    for belief in _beliefs(history, ideas, sigma):
+        gap, variance = (belief.level - candidate.mean) / belief.sigma, belief.variance + 1 / candidate.runs
+        shares, fit = _shares(gap, variance, belief.ideas)
+        above = sum(share * _above(wanted(belief), gap, variance, *kind) for share, kind in zip(shares, KINDS) if share)
+        found.append((belief.fit + fit + _fit_of_repeats(candidate, belief.sigma) - math.log(belief.sigma), above))
+    return _mean(found)
+
+
+def _beliefs(history, ideas, sigma):
+    """What the night has taught, for each value of sigma around the pooled one."""
     step, found = round(2 * math.log2(sigma)), []
     for noise in NOISES:
         belief = _before(2 ** ((step + noise) / 2), ideas)
         for scores in history:
             belief = _after(belief, scores)
-        gap, variance = (belief.level - candidate.mean) / belief.sigma, belief.variance + 1 / candidate.runs
-        shares, fit = _shares(gap, variance, belief.ideas)
-        above = sum(share * _above(wanted(belief), gap, variance, *kind) for share, kind in zip(shares, KINDS) if share)
-        found.append((belief.fit + fit + _fit_of_repeats(candidate, belief.sigma) - math.log(belief.sigma), above))
-    top = max(fit for fit, _ in found)
-    weights = [math.exp(fit - top) for fit, _ in found]
-    return sum(weight * above for weight, (_, above) in zip(weights, found)) / sum(weights)
+        found.append(belief)
+    return found
+
+
+def _mean(fits):
+    """Mean of [(logarithm of its likelihood, value)], each weighted by its likelihood."""
+    top = max(fit for fit, _ in fits)
+    weights = [math.exp(fit - top) for fit, _ in fits]
+    return sum(weight * value for weight, (_, value) in zip(weights, fits)) / sum(weights)
 
 
 def pooled(history) -> tuple[float, int]:

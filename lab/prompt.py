@@ -140,7 +140,8 @@ def history(brief: Brief) -> str:
         parts.append("# The last failures\n" + "\n".join(told))
     if best := best_of(brief.experiments):
         facts = f" ({brief.facts})" * bool(brief.facts)
-        parts.append(f"# Now\nThe best is {best.commit} with val_bpb {best.val_bpb:.6f}{facts}.")
+        level = "" if brief.level is None else f", by the scores of all {brief.level:.6f}"
+        parts.append(f"# Now\nThe best is {best.commit} with val_bpb {best.val_bpb:.6f}{level}{facts}.")
         if brief.said:
             parts.append(f"It printed at its start:\n{quoted(brief.said, 300)}")
     if brief.running:

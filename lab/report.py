@@ -141,6 +141,8 @@ def certainty(found):
     """Lines on how much a run varies, and how sure the gain is."""
     if found.sigma:
         yield f"equal code scores differently from run to run: by {found.sigma:.6f} (standard deviation, sigma)"
+    if found.level is not None and abs(found.level - found.best.val_bpb) > found.sigma / 2:
+        yield f"the best is at about {found.level:.6f} by all scores: what came close to it says so"
     if (sure := found.confidence) is not None:
         yield f"P(better), the probability that the best is better than the baseline: {percent(sure)}"
     elif not found.kept and found.experiments >= ENOUGH and found.sigma:

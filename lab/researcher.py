@@ -49,6 +49,7 @@ class Brief:
     facts: str = ""  # of the best's first run: device, steps, tokens, ...
     said: str = ""  # the first line that it printed
     certainties: dict[str, float] = dataclasses.field(default_factory=dict)  # {commit: P(better) than the best then}
+    level: float | None = None  # val_bpb that the best is expected to have by all scores, not only by its own
     near_misses: dict[str, "Draft"] = dataclasses.field(default_factory=dict)  # {commit: what it changed of what}
     curves: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # {commit: loss at tenths of it}
     tried: frozenset[str] = frozenset()  # digest() of every train.py that was tried

@@ -9,7 +9,7 @@ import math
 import statistics
 
 from lab.book import Experiment, Run
-from lab.posterior import Scores, probability_of_gain, probability_of_no_loss
+from lab.posterior import Scores, level_of_best, probability_of_gain, probability_of_no_loss
 
 BASELINE_RUNS = 3  # they give the first estimate of the noise
 MAX_RUNS = 2  # of one candidate
@@ -221,6 +221,12 @@ def certainties(experiments: list[Experiment], wanted) -> dict[str, float]:
     return known
 
 
+def level(experiments: list[Experiment]) -> float | None:
+    """val_bpb that the best is expected to have by all scores, and not only by its own; None where that is unknown."""
+    best = next((each for each in reversed(experiments) if each.status == "keep"), None)
+    return level_of_best(past(experiments, best, best)) if best else None
+
+
 def confidence(experiments: list[Experiment], best: Experiment, first: Experiment) -> float | None:
     """P(the best is better than the first that was kept), all changes between them taken as one idea; None: unknown."""
     scores, rivals = comparable(best, first)
@@ -298,6 +304,9 @@ def decide(history: tuple[Scores, ...], candidate: Scores, deletes=False) -> tup
         if IN_DOUBT[0] <= no_loss < NO_LOSS_AT and candidate.runs < MAX_RUNS:
             return "again", reason
         return "keep" if no_loss >= NO_LOSS_AT else "discard", reason
+    best, level = [each for each in history if each.kept and each.runs][-1], level_of_best(history)
+    if level is not None and level < candidate.mean < best.mean:
+        reason += f", since by all scores the best is at {level:.6f}"
     return "discard", reason
 
 

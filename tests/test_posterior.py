@@ -3,7 +3,7 @@
 import random
 import statistics
 
-from lab.posterior import Scores, probability_of_gain, probability_of_no_loss
+from lab.posterior import Scores, level_of_best, probability_of_gain, probability_of_no_loss
 
 
 def scores(*values, kept=False):
@@ -54,3 +54,10 @@ def test_a_night_of_equal_code_keeps_almost_nothing():
 def test_a_deletion_that_is_clearly_worse_is_no_gain_and_one_that_is_not_is_no_loss():
     assert probability_of_no_loss((BASELINE,), scores(1.000, 1.000), 1.0) > 0.8
     assert probability_of_no_loss((BASELINE,), scores(1.010, 1.010), 1.0) < 0.1
+
+
+def test_what_comes_close_to_the_best_tells_where_it_is():
+    lucky, unlucky = scores(0.990, kept=True), scores(0.997, kept=True)
+    later = tuple(scores(0.993 + step / 20_000) for step in range(10))
+    assert level_of_best((BASELINE, lucky, *later)) > 0.992 and level_of_best((BASELINE, unlucky, *later)) < 0.995
+    assert level_of_best((scores(1.0, kept=True),)) is None and level_of_best(()) is None

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 
 import nights
 import nights_parallel
@@ -49,6 +50,14 @@ def test_what_only_deletes_is_kept_where_it_is_not_clearly_worse_and_says_so():
     assert judge((1.0, 100), (1.0, 100)).decision == "discard"
     assert judge((1.01, 100), deletes=True).decision == "discard"
     assert judge((0.98, 100), deletes=True).reason.startswith("P(better)")
+
+
+def test_a_lower_score_that_is_discarded_is_explained_by_where_the_best_is_taken_to_be():
+    book = [named("a", 1.0, 1.001, 0.999, kept=True), named("b", 0.98, kept=True)]
+    book += [named(f"c{i}", 0.9755 + i / 10_000) for i in range(10)]
+    said = verdict.judge(named("d", 0.9765), book[1], book)
+    assert said.decision == "discard" and re.search(r"since by all scores the best is at 0\.97[56]", said.reason)
+    assert "by all scores" not in verdict.judge(named("d", 0.99), book[1], book).reason
 
 
 def test_how_ideas_do_on_a_best_is_not_learned_from_those_that_were_made_from_another():
