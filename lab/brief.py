@@ -48,7 +48,20 @@ def near_misses(tag: Tag, sure: dict[str, float]) -> dict[str, Draft]:
     """{commit: draft that was discarded and may be better all the same}, the likeliest first."""
     likely = [e for e in tag.experiments if e.status == "discard" and e.base and sure.get(e.commit, 0.0) >= NEAR_AT]
     likely = sorted(likely, key=lambda e: -sure[e.commit])[:MISSES]
-    return {e.commit: Draft(tag.text(e.commit), e.description, base=tag.text(e.base)) for e in likely}
+    pairs = {e.commit: (tag.text(e.base), tag.text(e.commit), e.description) for e in likely}
+    return {c: Draft(new, what, base=old, edits=one_edit(old, new)) for c, (old, new, what) in pairs.items()}
+
+
+def one_edit(old: str, new: str) -> tuple[tuple[str, str], ...]:
+    """What a train.py changed, as one edit of whole lines; () where it is not clear which ones it is about."""
+    before, after = old.split("\n"), new.split("\n")
+    start = next((place for place, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
+    most = min(len(before), len(after)) - start
+    backwards = enumerate(zip(reversed(before), reversed(after)))
+    end = min(most, next((place for place, (a, b) in backwards if a != b), most))
+    first = start if start + end < len(before) else max(0, start - 1)  # an insertion has its place after a line
+    cut, put = ("".join(f"{line}\n" for line in lines[first : len(lines) - end]) for lines in (before, after))
+    return ((cut, put),) if old.count(cut) == 1 and old.replace(cut, put) == new else ()
 
 
 def facts(tag: Tag, commit: str) -> str:

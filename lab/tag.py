@@ -195,6 +195,7 @@ class Tag:
             home.parent.mkdir(parents=True, exist_ok=True)
             self.book.replace(home)
             self.say(f"results.tsv belonged to another tag; it is now {home.relative_to(ROOT)}")
+        (ROOT / "runs").mkdir(exist_ok=True)
         write_atomically(ROOT / "runs" / "current", self.name + "\n")
         if not self.book.exists() and (self.folder / "results.tsv").exists():
             (self.folder / "results.tsv").replace(self.book)

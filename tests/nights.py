@@ -114,10 +114,10 @@ def night(seed, world, greedy=False) -> Night:
         book.append(dataclasses.replace(candidate, status="keep" if decision == "keep" else "discard"))
         if decision == "keep":
             level, best = level - gain, book[-1]
-            better = re.match(r"P\(better\) (?:over |under )?(\d+)%", ruling.reason)
-            found.kept, found.false = found.kept + 1, found.false + bool(better and gain <= 0)
-            found.deleted += not better
-            found.beliefs += [(int(better[1]) / 100, gain > 0)] if better else []
+            deleted, told = "deletes" in ruling.reason, re.search(r"P\(better\) (?:over )?(\d+)%", ruling.reason)
+            found.kept, found.deleted = found.kept + 1, found.deleted + deleted
+            found.false += not deleted and gain <= 0
+            found.beliefs += [(int(told[1]) / 100, gain > 0)] if told else []
     found.gain = -level
     return found
 

@@ -36,9 +36,10 @@ from test_night import IMPATIENT, LOOP, git_in
 
 import prepare
 from lab import api, model, prompt
-from lab.answer import apply_proposal, carried_over, expected_gain, merge, nearest
+from lab.answer import apply_proposal, carried_over, edited, expected_gain, merge, nearest
 from lab.api import Api
 from lab.book import Experiment, Run, title
+from lab.brief import one_edit
 from lab.curve import json_lines
 from lab.model import Conversation, Model
 from lab.researcher import Brief, Draft, Enough, Failure, digest
@@ -798,7 +799,8 @@ def test_edits_are_applied_all_or_none_and_a_miss_shows_the_nearest_lines():
 
 def near_miss(old, new, description):
     """A discarded change of the train.py that the tests begin with."""
-    return Draft(SOURCE.replace(old, new), description, base=SOURCE)
+    changed = SOURCE.replace(old, new)
+    return Draft(changed, description, base=SOURCE, edits=one_edit(SOURCE, changed))
 
 
 MISSES = {
@@ -826,6 +828,15 @@ def test_near_misses_are_told_and_may_be_tried_again_on_the_best_alone_or_togeth
     assert (again.source, again.description, again.hypothesis) == (wanted, "again aaaaaaa: wider", "now")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("b\n", ""), ("b\n", "x\ny\n"), ("b\n", "b\nb\n"), ("d\n", ""), ("d\n", "d\ne\n"), ("a\n", "x\n")]
+)
+def test_a_change_in_one_place_is_one_edit_and_fits_where_its_neighbours_have_changed(old, new):
+    base, changed = "a\nb\nc\nd\n", "a\nb\nc\nd\n".replace(old, new)
+    assert edited(base, one_edit(base, changed)) == changed
+    assert one_edit(base, changed) == () or edited(base + "more\n", one_edit(base, changed)) is not None
+
+
 def test_what_a_model_expects_is_remembered_and_told_beside_what_came_of_it(ask):
     foretold = call({"description": "d", "hypothesis": "h", "expected_gain": 0.0125, "full_source": CHANGED + "X = 1"})
     words = "description: d\nexpected gain: about\nhypothesis: - it helps\n```python\n" + CHANGED + "Z = 1\n```"
@@ -848,9 +859,10 @@ def test_an_expectation_that_is_no_number_is_none(value):
 def test_a_near_miss_that_conflicts_is_unknown_or_stands_as_it_was_measured_goes_back_to_the_model(ask):
     """What was made from the best of now and was discarded is not measured again: its result stands."""
     unchanged = dataclasses.replace(NOW, source=SOURCE, tried=NOW.tried | {digest(MISSES["aaaaaaa"].source.encode())})
-    server, researcher = ask(take("ccccccc"), take("ddddddd"), take("bbbbbbb"), take("aaaaaaa"), GOOD, take(7), GOOD)
+    other = edit("LR = 0.001", "LR = 0.5")
+    server, researcher = ask(take("ccccccc"), take("ddddddd"), take("bbbbbbb"), take("aaaaaaa"), other)
     assert next_draft(researcher, NOW).description == "again bbbbbbb: both together"
-    assert next_draft(researcher, unchanged).source == CHANGED
+    assert next_draft(researcher, unchanged).description == "an edit"
     replies = [
         request["messages"][-1]["content"][0]["content"] for request in server.requests if request["messages"][1:]
     ]
