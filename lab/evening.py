@@ -29,7 +29,7 @@ def choose_researcher(tag: Tag, arguments) -> Researcher:
     researcher = {"search": Search, "demo": Recorded}.get(named, lambda: None)()
     if named == "llm":
         researcher = Model(Api(arguments, tag.folder / "cost.jsonl", tag.say), tag.say)
-    elif named and not researcher:
+    elif named is not None and not researcher:
         researcher = Model(Command(named, tag.folder / "command.log", tag.say), tag.say)
     if not arguments.replay:
         return researcher

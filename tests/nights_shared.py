@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from nights import GAINS, true_gain  # noqa: E402
-from nights_parallel import HALVING, NOISE_FROM, UNITS  # noqa: E402
+from nights_parallel import HALVING, UNITS  # noqa: E402
 
 from lab import trust  # noqa: E402
 from lab.book import Experiment, Run  # noqa: E402
@@ -53,7 +53,7 @@ class Machine:
         self.name, self.world, self.chance = name, world, random.Random(f"{seed} {name}")
         self.sigma = math.exp(self.chance.uniform(math.log(QUIET), math.log(NOISY)))
         self.gained, self.best = 0.0, Experiment("", 0.0, 0.0, "keep", "")
-        self.repeated = collections.deque(maxlen=NOISE_FROM)
+        self.book = []
         self.idea, self.claim, self.gain, self.candidate = None, None, 0.0, None
         self.tried, self.trials, self.since, self.count = set(), [], 0, collections.Counter()
 
@@ -61,12 +61,14 @@ class Machine:
         """One run, of whatever is next."""
         if len(self.best.runs) < BASELINE_RUNS:
             self.best = self._ran(self.best, 0.0)
+            self.book = [self.best]
             return
         if not self.candidate:
             self._begin()
         self.candidate = self._ran(self.candidate, self.gain)
-        if judge(self.candidate, self.best, [*self.repeated, self.best]).decision != "again":
-            self._end()
+        decision = judge(self.candidate, self.best, self.book).decision
+        if decision != "again":
+            self._end(decision == "keep")
 
     def _ran(self, experiment, gain):
         run = Run(self.chance.gauss(-self.gained - gain, self.sigma), 1.0)
@@ -102,26 +104,25 @@ class Machine:
             gain = 0.0  # something that is here already does the same
         return gain if kind < SAME else gain / 2
 
-    def _end(self):
-        candidate, best, others = self.candidate, self.best, [*self.repeated, self.best]
-        held = judge(candidate, best, others).decision == "keep"
+    def _end(self, held):
+        status = "keep" if held else "discard"
+        candidate, best = dataclasses.replace(self.candidate, commit=f"{len(self.book)}", status=status), self.best
+        self.book.append(candidate)
         if held and self.world.shares:
-            self._share(candidate, best, others)
+            self._share(candidate, best)
         if self.claim:
             self.trials.append(Trial(self.idea.key, self.claim.who, held))
         self.since = 0 if self.claim else self.since + 1
         if held:
             self.gained += self.gain
-            self.best, candidate = candidate, best
-        if len(candidate.runs) > 1:
-            self.repeated.append(candidate)
+            self.best = candidate
         lie = bool(self.claim) and self.world.lies(self.claim.who)
         self.count.update(experiments=1, others=bool(self.claim), bad=lie, kept=held, false=held and self.gain <= 0)
         self.candidate = None
 
-    def _share(self, candidate, best, others):
+    def _share(self, candidate, best):
         scores, rivals = comparable(candidate, best)
-        error = noise([*others, candidate])[0] * math.sqrt(1 / len(scores) + 1 / len(rivals))
+        error = noise(self.book)[0] * math.sqrt(1 / len(scores) + 1 / len(rivals))
         gap = statistics.fmean(rivals) - statistics.fmean(scores)
         self.world.news.append(Claim(self.idea.key, self.name, gap / error, True))
 

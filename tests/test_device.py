@@ -174,7 +174,7 @@ for visible in ("0", "", "-1", "NoDevFiles"):
 
 def test_a_gpu_is_used_unless_cuda_visible_devices_hides_it(on_gpu):
     said = on_gpu("-c", HIDDEN, AUTORESEARCH_TASK="")
-    hidden = [f"{visible} False 50.0 pycode" for visible in ("", "-1", "NoDevFiles")]
+    hidden = [f"{visible} False 42.0 pycode" for visible in ("", "-1", "NoDevFiles")]
     assert said.stdout.splitlines() == ["0 True 300.0 climbmix", *hidden], said.stderr
 
 

@@ -135,7 +135,8 @@ def test_of_two_changes_of_one_base_the_one_that_comes_second_is_carried_over(st
     slow, fast = ((LATER,), ()) if first == "width" else ((), (LATER,))
     rate = candidate(stage, "raise the rate", ("LR = 0.001", "LR = 0.02"), *slow)
     width = candidate(stage, "widen", ("WIDTH = 32", "WIDTH = 64"), *fast)
-    ended = loop(stage, *THREE[:3], "2", "--max-experiments", "8")
+    # A researcher that has no idea of its own meanwhile, which might be better as well.
+    ended = loop(stage, *THREE[:3], "2", "--max-experiments", "3", "--researcher", "sleep 100")
     assert ended.returncode == 0, ended.stderr
     rows = {row[0]: row for row in book(stage)}
     order = [row[0] for row in book(stage) if row[0] in (rate, width)]

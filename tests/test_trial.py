@@ -297,8 +297,8 @@ def test_bad_arguments_get_one_sentence_and_exit_code_2(tmp_path, repository, ca
     assert said.returncode == 2 and "AUTORESEARCH_CACHE chooses another folder" in said.stderr
 
 
-def test_the_readme_tells_how_to_sample_from_the_best_model(repository, run):
-    recipe = (ROOT / "README.md").read_text().partition("import prepare, torch\n")[2].partition("```")[0]
+def test_the_docs_tell_how_to_sample_from_the_best_model(repository, run):
+    recipe = (ROOT / "docs" / "results.md").read_text().partition("import prepare, torch\n")[2].partition("```")[0]
     for shown, here in (("runs/nov23/1a2b3c4/0/", "out/"), ('"pycode"', '"tiny"'), ("range(200)", "range(3)")):
         assert recipe.count(shown) == 1
         recipe = recipe.replace(shown, here)

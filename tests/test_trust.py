@@ -206,7 +206,7 @@ def test_in_simulated_nights_machines_that_share_gain_half_as_much_again(alone):
 @pytest.mark.parametrize("lying", ["big names", "confirming", "copying"])
 def test_in_simulated_nights_sharing_gains_with_a_third_of_liars_who_cost_a_few_trials(lying, alone):
     found = nights_shared.mean(16, lying=lying, nights=4)
-    assert found["mean"] > 1.2 * alone["mean"] and found["bad"] < 10
+    assert found["mean"] > 1.2 * alone["mean"] and found["bad"] < 12
 
 
 def test_in_simulated_nights_a_flood_of_fresh_names_costs_little(alone):
