@@ -187,9 +187,10 @@ def past(experiments: list[Experiment], best: Experiment, candidate: Experiment)
     One that was made from another than the best of its time, and lost, says nothing about how ideas do on that one.
     """
     last, rivals = _match(candidate, best) if candidate.runs and best.runs else (None, all_scores(best))
-    told, base = [], ""
-    recent = (len(experiments) // RECENT - 1) * RECENT
-    for each in experiments[max(0, min(recent, experiments.index(best))) :]:
+    start = max(0, min((len(experiments) // RECENT - 1) * RECENT, experiments.index(best)))
+    noises = [scatter(groups(each)) for each in experiments[:start]]  # of the older ones, no more than that is told
+    told, base = [Scores(0.0, 0, *map(sum, zip(*noises)))] if noises else [], ""
+    for each in experiments[start:]:
         scores = rivals if each is best else scores_like(each, last) if last else all_scores(each)
         kept = each.status == "keep"
         stale = each.base and each.base != base and not kept

@@ -74,9 +74,11 @@ def test_how_ideas_do_on_a_best_is_not_learned_from_those_that_were_made_from_an
 def test_a_long_night_is_judged_by_what_is_recent_and_always_by_the_best():
     first = named("a", 1.0, 1.001, 0.999, kept=True)
     many = [named(f"{i}", 1.001) for i in range(3 * verdict.RECENT)]
-    assert len(verdict.past([*many[:100], first, *many], first, named("d", 1.0))) == len(many) + 1
+    assert len(verdict.past([*many[:100], first, *many], first, named("d", 1.0))) == len(many) + 2
     best = named("b", 0.99, kept=True)
-    assert len(verdict.past([first, *many, best], best, named("d", 1.0))) < 2 * verdict.RECENT
+    told = verdict.past([first, *many, best], best, named("d", 1.0))
+    assert len(told) < 2 * verdict.RECENT and told[0].repeats == 2, "how much a run varies is not forgotten"
+    assert verdict.judge(named("d", 0.9899), best, [first, *many, best]).decision == "discard"
 
 
 def test_each_change_is_told_with_what_was_known_then_and_the_best_as_one_idea():
