@@ -297,7 +297,8 @@ def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
         launch.disown(owner.parent)
     scratch = tag.folder if slots[0].launcher else Path(tag.repository.repo.git_dir)
     flops, lacks = signals.run(launch.make_ready(task, slots[0], scratch))
-    start = demo.worse(tag.repository.source("HEAD")) if arguments.demo and not tag.settings else None
+    fresh = arguments.demo and not tag.settings and not tag.repository.exists(f"refs/heads/{tag.branch}")
+    start = demo.worse(tag.repository.source("HEAD")) if fresh else None
     tag.open(task, flops, start)
     level = "none" if arguments.no_sandbox else sandbox_level()
     speak(f"tag {tag.name}: task {task.name}, {task.time_budget:g} s a run, sandbox: {level}")
@@ -326,6 +327,7 @@ def night(tag: Tag, news: News, console: Console, arguments):
     locks = only_loop(here / "autoresearch.lock"), only_loop(common / f"autoresearch-{tag.name}.lock")
     with locks[0], locks[1], sharing(tag, arguments.share, arguments.peer) as given:
         home = repository.branch() or repository.run("rev-parse", "HEAD")
+        tag.check(arguments.task, arguments.budget)
         researcher.check()
         open_tag(tag, arguments, slots)
         measure = Measure(tag, speak, arguments.greedy, not arguments.no_sandbox, patient=not arguments.demo)

@@ -71,7 +71,10 @@ def run(coroutine: Coroutine):
         return await coroutine
 
     try:
-        return asyncio.run(main())
+        value = asyncio.run(main())
+        if came:  # while it was taken down
+            raise ending(came[1])
+        return value
     except asyncio.CancelledError:
         if not came:
             raise

@@ -91,7 +91,7 @@ def apply_proposal(given, base, near: dict[str, Draft]):
         return None, "The answer proposes nothing: call propose_experiment, with description, hypothesis and edits."
     edits, full, taken = given.get("edits"), given.get("full_source"), given.get("take")
     if not edits and not full and isinstance(taken, list) and taken:
-        return taken_up(taken[:9], base, near)
+        return taken_up(taken, base, near)
     if not edits and isinstance(full, str):
         return full.rstrip("\n") + "\n", None
     if not edits or not isinstance(edits, list):
@@ -125,6 +125,8 @@ def apply_proposal(given, base, near: dict[str, Draft]):
 
 def taken_up(commits, base, near):
     """(source, None) for the changes of near misses carried over to `base`, or (None, what is wrong)."""
+    if len(commits) > len(near):
+        return None, f"These are {len(commits)} near misses to take up; there are {len(near)}."
     source = base
     for commit in commits:
         if not isinstance(commit, str) or commit not in near:

@@ -1,5 +1,6 @@
 """What a researcher is told of a tag at one moment: the snapshot that everything in a prompt is made of."""
 
+import contextlib
 import importlib.metadata
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from lab.curve import loss_at, read_curve
 from lab.researcher import Brief, Draft
 from lab.tag import Tag
 from lab.verdict import certainties, level, noise
-from prepare import one_line
+from prepare import Trouble, one_line
 
 CURVES = 3  # of the last experiments that are told, besides those of the best and of what it was made from
 MISSES, NEAR_AT = 8, 0.10  # near misses that may be taken up again, at most; P(better) that makes one
@@ -48,8 +49,12 @@ def near_misses(tag: Tag, sure: dict[str, float]) -> dict[str, Draft]:
     """{commit: draft that was discarded and may be better all the same}, the likeliest first."""
     likely = [e for e in tag.experiments if e.status == "discard" and e.base and sure.get(e.commit, 0.0) >= NEAR_AT]
     likely = sorted(likely, key=lambda e: -sure[e.commit])[:MISSES]
-    pairs = {e.commit: (tag.text(e.base), tag.text(e.commit), e.description) for e in likely}
-    return {c: Draft(new, what, base=old, edits=one_edit(old, new)) for c, (old, new, what) in pairs.items()}
+    misses = {}
+    for e in likely:
+        with contextlib.suppress(Trouble):  # an owner's commit may not be text
+            old, new = tag.text(e.base), tag.text(e.commit)
+            misses[e.commit] = Draft(new, e.description, base=old, edits=one_edit(old, new))
+    return misses
 
 
 def one_edit(old: str, new: str) -> tuple[tuple[str, str], ...]:
@@ -59,8 +64,11 @@ def one_edit(old: str, new: str) -> tuple[tuple[str, str], ...]:
     most = min(len(before), len(after)) - start
     backwards = enumerate(zip(reversed(before), reversed(after)))
     end = min(most, next((place for place, (a, b) in backwards if a != b), most))
-    first = start if start + end < len(before) else max(0, start - 1)  # an insertion has its place after a line
-    cut, put = ("".join(f"{line}\n" for line in lines[first : len(lines) - end]) for lines in (before, after))
+    first = start if start + end < len(before) else start - 1  # an insertion has its place after a line
+    if first < 1:
+        return ()
+    # From the end of the line before, so that it fits whole lines alone.
+    cut, put = ("\n" + "".join(f"{line}\n" for line in lines[first : len(lines) - end]) for lines in (before, after))
     return ((cut, put),) if old.count(cut) == 1 and old.replace(cut, put) == new else ()
 
 

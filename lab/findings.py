@@ -13,7 +13,8 @@ from lab.api import TOKENS
 from lab.book import Experiment, best_of
 from lab.curve import json_lines
 from lab.tag import Tag
-from lab.verdict import certainties, changes, confidence, difference, level, noise, rank_correlation
+from lab.transfer import rank_correlation
+from lab.verdict import certainties, changes, confidence, difference, level, noise
 from prepare import one_line
 
 
@@ -69,7 +70,8 @@ class Findings:
             return f"val_bpb: baseline {self.baseline.val_bpb:.6f}, and nothing better was kept"
         scores = f"baseline {self.baseline.val_bpb:.6f} -> best {self.best.val_bpb:.6f}"
         runs = ", by the runs that compare" * (abs(self.baseline.val_bpb - self.best.val_bpb - self.gain) > 1e-6)
-        return f"val_bpb: {scores}, {self.gain:.6f} ({self.gain_percent:.2f}%) lower{runs}"
+        word = "lower" if self.gain >= 0 else "higher, kept for what they delete"
+        return f"val_bpb: {scores}, {abs(self.gain):.6f} ({abs(self.gain_percent):.2f}%) {word}{runs}"
 
 
 def find(tag: Tag) -> Findings:

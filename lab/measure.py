@@ -56,13 +56,13 @@ class Measure:
             experiment = experiment.after(result)
             if self.tag.result(commit, run + 1):  # an earlier start has held it: all there are decide
                 continue
-            ruling = self._judge(experiment, compared)
+            ruling = self._judge(experiment, compared, draft)
             while ruling.decision == "best":
                 best = self.tag.best.commit
                 if await self._run_best_again(ruling.reason, slot):
                     tries += 1
                     compared = best if tries >= (CLASS_TRIES if slot.launcher else 1) else None
-                ruling = self._judge(experiment, compared)
+                ruling = self._judge(experiment, compared, draft)
             if ruling.decision != "again":
                 return _finished(experiment, ruling)
             if ruling.unusual:
@@ -114,9 +114,11 @@ class Measure:
         self.say(f"{said}: others disturb it; running again what fell behind", "yellow")
         return True
 
-    def _judge(self, experiment, compared):
+    def _judge(self, experiment, compared, draft):
         tag, best = self.tag, self.tag.best
-        deletes = only_deletes(tag.source(experiment.commit), tag.source(best.commit))
+        # A stranger's deletion has to be better, like anything of theirs.
+        own = draft.origin.get("Researcher") != "others"
+        deletes = own and only_deletes(tag.source(experiment.commit), tag.source(best.commit))
         return verdict.judge(experiment, best, tag.experiments, self.greedy, best.commit == compared, deletes)
 
     def beats(self, experiment: Experiment, base: Experiment) -> bool:

@@ -77,7 +77,7 @@ def probability_of_no_loss(history: tuple[Scores, ...], candidate: Scores, margi
     def wanted(belief):
         return (belief.level - belief.lowest) / belief.sigma - margin
 
-    return _probability(history, candidate, ideas, wanted)
+    return _probability(history, candidate, ideas, wanted, ties=True)
 
 
 def level_of_best(history: tuple[Scores, ...], ideas=IDEAS) -> float | None:
@@ -92,12 +92,12 @@ def level_of_best(history: tuple[Scores, ...], ideas=IDEAS) -> float | None:
     return _mean([(belief.fit - math.log(belief.sigma), belief.level) for belief in beliefs])
 
 
-def _probability(history, candidate, ideas, wanted):
-    """P(the candidate gains more than wanted(belief), in sigma)."""
+def _probability(history, candidate, ideas, wanted, ties=False):
+    """P(the candidate gains more than wanted(belief), in sigma); ties: whether an equal score will do without noise."""
     sigma = pooled([*history, candidate])[0]
     if not sigma > LEAST:
         best = [scores for scores in history if scores.kept and scores.runs][-1]
-        return float(candidate.mean < best.mean)
+        return float(candidate.mean < best.mean or ties and candidate.mean == best.mean)
     found = []
     for belief in _beliefs(history, ideas, sigma):
         gap, variance = (belief.level - candidate.mean) / belief.sigma, belief.variance + 1 / candidate.runs

@@ -162,7 +162,10 @@ def history(brief: Brief) -> str:
             for commit, draft in brief.near_misses.items()
             for now in [" (made from this best)" if draft.base == brief.source else ""]
         ]
-        parts.append(f"Near misses, of which `take` may take up some again:\n{quoted(chr(10).join(named), 2500)}")
+        parts.append(
+            "Near misses, which `take` may take up again; those made from this best only together with others:\n"
+            + quoted("\n".join(named), 2500)
+        )
     if brief.left:
         parts.append(f"What is left of this run: {brief.left}.")
     streak = len(list(itertools.takewhile(lambda e: e.status != "keep", reversed(brief.experiments))))
@@ -208,8 +211,8 @@ def rows(brief):
     left = brief.experiments[: len(brief.experiments) - len(short) - len(full)]
     counts = ", ".join(f"{sum(e.status == status for e in left)} {status}" for status in STATUSES)
     return (
-        "# Results, oldest first: commit, status, val_bpb, gain over the best then (positive is better), steps and "
-        "scores of its runs, description\n"
+        "# Results, oldest first: commit, status, val_bpb, gain over the best then (positive is better), P, what it "
+        "was expected to gain, steps and scores of its runs, description\n"
         + (NOISE.format(brief.sigma) if brief.sigma else "")
         + (f"{len(left)} older ones are left out: {counts}.\n" if left else "")
         + quoted("\n".join([*short, *full] or ["none yet"]), 4 * ROWS_ROOM)

@@ -145,7 +145,7 @@ def certainty(found):
         yield f"the best is at about {found.level:.6f} by all scores: what came close to it says so"
     if (sure := found.confidence) is not None:
         yield f"P(better), the probability that the best is better than the baseline: {percent(sure)}"
-    elif not found.kept and found.experiments >= ENOUGH and found.sigma:
+    elif not found.kept and found.count("discard") >= ENOUGH and found.sigma:
         yield "no change was better with enough certainty: in two runs a gain of some three sigma can be told"
         yield "what may help: a quieter machine or a longer --budget, which lower sigma, or other ideas in program.md"
     elif found.kept:

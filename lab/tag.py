@@ -173,6 +173,7 @@ class Tag:
     def _bases(self):
         """{commit: that of the kept experiment whose train.py it changes}, of those that git knows."""
         full, parents = self.repository.candidates(self.name), self.repository.parents(self.name)
+        parents.pop(self.settings.get("start"), None)  # which may have no train.py yet
         kept = [full[e.commit] for e in self.experiments if e.status == "keep" and e.commit in full]
         versions = self.repository.versions([*kept, *set(parents.values())])
         known = {versions.get(each): short for short, each in full.items() if each in kept}
@@ -323,7 +324,9 @@ class Tag:
         """
         add_row(self.book, self.experiments, experiment)
         base = self.base(experiment.commit)
-        self.experiments.append(dataclasses.replace(experiment, base=base.commit if base else ""))
+        self.experiments.append(
+            dataclasses.replace(experiment, base=base.commit if base and base.status == "keep" else "")
+        )
         self.settle()
         self._clear_up(running)
 

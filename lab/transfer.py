@@ -1,12 +1,14 @@
 """What was found elsewhere, tried again here: the changes of another tag as drafts, and how each of them has held."""
 
+import bisect
 import dataclasses
 import re
+import statistics
 
 from lab.book import Experiment
 from lab.researcher import Draft, evidence
 from lab.tag import Tag
-from lab.verdict import advantage, rank_correlation, transfer
+from lab.verdict import advantage, transfer
 from prepare import Trouble
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]* [0-9a-f]{4,40}")  # a trailer From that names a tag of this repository
@@ -113,3 +115,18 @@ def _whole_gain(experiments):
     """What the best has gained over the first that was kept; None without one."""
     kept = [experiment.val_bpb for experiment in experiments if experiment.status == "keep"]
     return kept[0] - kept[-1] if kept else None
+
+
+def rank_correlation(pairs) -> float | None:
+    """Spearman's rank correlation of [(a, b)], equal values at their mean rank; None for fewer than three pairs."""
+    if len(pairs) < 3:
+        return None
+
+    def ranks(values):
+        ordered = sorted(values)
+        return [(bisect.bisect_left(ordered, value) + bisect.bisect_right(ordered, value)) / 2 for value in values]
+
+    first, second = (ranks(values) for values in zip(*pairs))
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return statistics.correlation(first, second)

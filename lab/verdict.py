@@ -187,10 +187,12 @@ def past(experiments: list[Experiment], best: Experiment, candidate: Experiment)
     One that was made from another than the best of its time, and lost, says nothing about how ideas do on that one.
     """
     last, rivals = _match(candidate, best) if candidate.runs and best.runs else (None, all_scores(best))
-    start = max(0, min((len(experiments) // RECENT - 1) * RECENT, experiments.index(best)))
-    noises = [scatter(groups(each)) for each in experiments[:start]]  # of the older ones, no more than that is told
+    start = max(0, (len(experiments) // RECENT - 1) * RECENT)
+    # Of the older ones no more is told than the last that was kept, and how much a run varies.
+    older = [each for each in experiments[:start] if each.status == "keep"][-1:]
+    noises = [scatter(groups(each)) for each in experiments[:start] if each not in older]
     told, base = [Scores(0.0, 0, *map(sum, zip(*noises)))] if noises else [], ""
-    for each in experiments[start:]:
+    for each in [*older, *experiments[start:]]:
         scores = rivals if each is best else scores_like(each, last) if last else all_scores(each)
         kept = each.status == "keep"
         stale = each.base and each.base != base and not kept
@@ -213,10 +215,9 @@ def certainties(experiments: list[Experiment], wanted) -> dict[str, float]:
         before = experiments[:place]
         if best and experiment.commit in wanted and experiment.status != "crash" and noise(before)[0] > 0:
             scores, rivals = comparable(experiment, best)
-            if rivals:
-                known[experiment.commit] = probability_of_gain(
-                    past(before, best, experiment), shown(experiment, scores)
-                )
+            found = shown(experiment, scores)
+            if rivals and found.runs:
+                known[experiment.commit] = probability_of_gain(past(before, best, experiment), found)
         if experiment.status == "keep":
             best = experiment
     return known
@@ -225,7 +226,9 @@ def certainties(experiments: list[Experiment], wanted) -> dict[str, float]:
 def level(experiments: list[Experiment]) -> float | None:
     """val_bpb that the best is expected to have by all scores, and not only by its own; None where that is unknown."""
     best = next((each for each in reversed(experiments) if each.status == "keep"), None)
-    return level_of_best(past(experiments, best, best)) if best else None
+    if not best or len(groups(best)) > 1:  # in which class would it be?
+        return None
+    return level_of_best(past(experiments, best, best))
 
 
 def confidence(experiments: list[Experiment], best: Experiment, first: Experiment) -> float | None:
@@ -340,6 +343,8 @@ def beats_base(candidate: Experiment, base: Experiment, experiments, greedy=Fals
     scores, rivals = _on_one_device(candidate, base) if greedy else comparable(candidate, base)
     if greedy or not rivals:
         return bool(rivals) and probability_better(scores, rivals, GREEDY) > 0
+    if base.status != "keep":  # an owner's commit on top of what was let go
+        return False
     before = experiments[: 1 + experiments.index(base)]
     return probability_of_gain(past(before, base, candidate), shown(candidate, scores)) >= KEEP_AT
 
@@ -372,6 +377,8 @@ def transfer(candidate: Experiment, base: Experiment, gain_there: float, others)
         return "crashes"
     if not rivals or not known[0] > 0:
         return "cannot be told"
+    if gain_there <= 0:  # it was kept there for what it deletes
+        return "cannot be told"
     better = probability_better(scores, rivals, known)
     half = probability_better(scores, [score - gain_there / 2 for score in rivals], known)
     if better <= 1 - SURE:
@@ -379,19 +386,3 @@ def transfer(candidate: Experiment, base: Experiment, gain_there: float, others)
     if half <= 1 - SURE:
         return "fades"
     return "holds" if better >= SURE else "cannot be told"
-
-
-def rank_correlation(pairs) -> float | None:
-    """Spearman's rank correlation of [(a, b)], equal values at their mean rank; None for fewer than three pairs."""
-    if len(pairs) < 3:
-        return None
-
-    def ranks(values):
-        return [
-            sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values
-        ]
-
-    first, second = (ranks(values) for values in zip(*pairs))
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        return None
-    return statistics.correlation(first, second)

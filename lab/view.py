@@ -36,7 +36,7 @@ class View:
         told = [("tag", found.headline)]
         if best := found.best:
             sigma = f"; sigma {found.sigma:.6f}" if found.sigma else ""
-            place = "the baseline" if best is found.baseline else f"{found.gain_percent:.2f}% below baseline"
+            place = "the baseline" if best is found.baseline else f"{found.gain_percent:+.2f}% better than the baseline"
             told.append(("best", f"{best.val_bpb:.6f} {best.commit}, {place}{sigma}"))
         told.append(("pace", ", ".join(self.pace(found))))
         if len(running) == 1:

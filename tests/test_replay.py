@@ -13,7 +13,8 @@ from test_loop import book, refused
 from test_night import git_in
 
 from lab.book import Experiment, Run
-from lab.verdict import advantage, rank_correlation, transfer
+from lab.transfer import rank_correlation
+from lab.verdict import advantage, transfer
 
 TINY = ["--task", "tiny", "--budget", "0.01"]
 APART = "LR = 0.001  # far too low, so that a search finds better\n"

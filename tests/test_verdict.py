@@ -74,11 +74,34 @@ def test_how_ideas_do_on_a_best_is_not_learned_from_those_that_were_made_from_an
 def test_a_long_night_is_judged_by_what_is_recent_and_always_by_the_best():
     first = named("a", 1.0, 1.001, 0.999, kept=True)
     many = [named(f"{i}", 1.001) for i in range(3 * verdict.RECENT)]
-    assert len(verdict.past([*many[:100], first, *many], first, named("d", 1.0))) == len(many) + 2
+    told = verdict.past([*many[:100], first, *many], first, named("d", 1.0))
+    assert len(told) < 2 * verdict.RECENT + 2 and told[1].kept and told[1].runs == 3, "the best is always there"
     best = named("b", 0.99, kept=True)
     told = verdict.past([first, *many, best], best, named("d", 1.0))
-    assert len(told) < 2 * verdict.RECENT and told[0].repeats == 2, "how much a run varies is not forgotten"
+    assert len(told) < 2 * verdict.RECENT + 2 and (told[0].repeats, told[1].repeats) == (0, 2)
     assert verdict.judge(named("d", 0.9899), best, [first, *many, best]).decision == "discard"
+
+
+def test_where_the_best_is_by_all_scores_is_not_told_where_it_has_run_in_several_classes():
+    one = [named("a", 1.0, 1.001, 0.999, kept=True), named("c", 1.002)]
+    assert verdict.level(one) == pytest.approx(1.0, abs=0.001)
+    assert verdict.level([experiment((1.0, 100, "A"), (1.001, 100, "A"), (1.2, 100, "B"))]) is None
+
+
+def test_a_row_whose_score_is_not_a_number_is_not_weighed():
+    book = [named("a", 1.0, 1.001, 0.999, kept=True), Experiment("b", math.nan, 0.1, "discard", "an idea")]
+    assert verdict.certainties(book, ["b"]) == {}
+
+
+def test_without_noise_a_deletion_at_an_equal_score_is_kept_and_a_change_is_not():
+    still = experiment((1.0, 100), (1.0, 100), (1.0, 100))
+    assert judge((1.0, 100), best=still, deletes=True).decision == "keep"
+    assert judge((1.0, 100), best=still).decision == "discard"
+
+
+def test_what_was_made_from_one_that_was_let_go_is_not_carried_over():
+    let_go = dataclasses.replace(experiment((1.1, 100)), status="discard")
+    assert not verdict.beats_base(experiment((0.9, 100)), let_go, [BEST, let_go])
 
 
 def test_each_change_is_told_with_what_was_known_then_and_the_best_as_one_idea():
