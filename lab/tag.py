@@ -304,9 +304,11 @@ class Tag:
 
     def base(self, commit) -> Experiment | None:
         """The experiment whose train.py a candidate changes; None where that was none of this tag's."""
-        parent = None
+        parent, known = None, {e.commit: e for e in self.experiments}
         if commit == self.settings["start"]:
             return None
+        if commit in known and known[commit].base in known:
+            return known[known[commit].base]
         with contextlib.suppress(Trouble):  # an owner's first commit has no parent
             parent = self.repository.source(f"refs/autoresearch/{self.name}/{commit}^")
         return next((e for e in reversed(self.experiments) if self.source(e.commit) == parent), None)

@@ -283,6 +283,9 @@ def test_the_page_tells_the_night_with_every_word_escaped_and_follows_it_from_th
     assert subprocess.run([*night, "3"], **options).returncode == 0
     model.close()
     assert "widen" in (stage / "report.html").read_text()
+    with open(stage / "results.tsv", "a") as file:
+        file.write("fffffff\t9.000000\t0.1\tdiscard\tgit does not know it\n")
+    assert report(stage, "--html").returncode == 0 and "git does not know it" in (stage / "report.html").read_text()
     assert subprocess.run(["git", "status", "--porcelain", "report.html"], **options).stdout == ""
 
 
