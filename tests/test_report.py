@@ -90,7 +90,7 @@ def test_a_terminal_shows_the_running_experiment_and_keeps_the_lines(night):
     assert re.search(r"now   \w{7} baseline", plain) and re.search(r"run 1: loss \d\.\d+", plain) and "━" in plain
     assert re.search(r"next  (being drafted|ready: raise the \[LR\] at last)", plain)
     assert re.search(r"best  \d\.\d{6} \w{7}, the baseline", plain) and "0.00%" not in plain
-    assert re.search(r"best  \d\.\d{6} \w{7}, \d+\.\d\d% below baseline", plain)
+    assert re.search(r"best  \d\.\d{6} \w{7}, \+\d+\.\d\d% better than the baseline", plain)
     assert re.search(r"of \$5.00 spent, ends about \w+ \d\d:\d\d", plain)
     assert re.search(r"\d\d:\d\d:\d\d \w{7} 0?\d\.\d+ .*keep", plain)
     assert "\x1b[?25l" in screen and screen.rstrip().rfind("\x1b[?25h") > screen.rfind(
