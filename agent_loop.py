@@ -288,9 +288,9 @@ def add_options(add):
     add("--no-sandbox", action="store_true", help="run train.py unconfined, if you trust its author")
 
 
-def open_tag(tag: Tag, arguments, slots: tuple[Slot, ...]):
-    """Prepare data and tag for a night, and tell its owner what they may want to know first."""
-    speak, task = tag.say, tag.check(arguments.task, arguments.budget)
+def open_tag(tag: Tag, task: prepare.Task, arguments, slots: tuple[Slot, ...]):
+    """Prepare data and tag for a night, and tell its owner what they may want to know first. task: of tag.check()."""
+    speak = tag.say
     if not prepared(task):
         speak(f"preparing the data of {task.name}, once")
     for owner in tag.folder.glob("*/*/owner"):  # of trials that a loop which was killed has begun elsewhere
@@ -327,9 +327,9 @@ def night(tag: Tag, news: News, console: Console, arguments):
     locks = only_loop(here / "autoresearch.lock"), only_loop(common / f"autoresearch-{tag.name}.lock")
     with locks[0], locks[1], sharing(tag, arguments.share, arguments.peer) as given:
         home = repository.branch() or repository.run("rev-parse", "HEAD")
-        tag.check(arguments.task, arguments.budget)
+        task = tag.check(arguments.task, arguments.budget)
         researcher.check()
-        open_tag(tag, arguments, slots)
+        open_tag(tag, task, arguments, slots)
         measure = Measure(tag, speak, arguments.greedy, not arguments.no_sandbox, patient=not arguments.demo)
         if given:
             given.rows()

@@ -130,10 +130,8 @@ def taken_up(commits, base, near):
     source = base
     for commit in commits:
         if not isinstance(commit, str) or commit not in near:
-            return (
-                None,
-                f"There is no near miss {str(commit)[:40]!r} to take up; there are: {', '.join(near) or 'none'}.",
-            )
+            known = ", ".join(near) or "none"
+            return None, f"There is no near miss {str(commit)[:40]!r} to take up; there are: {known}."
         if (source := carried_over(near[commit], source)) is None:
             return None, f"The change of {commit} does not fit this train.py, or the other ones; propose it as edits."
     return source, None

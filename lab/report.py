@@ -31,13 +31,12 @@ from prepare import Trouble
 
 def show(tag: Tag, console: Console, as_json=False, as_diff=False):
     """Tell what the tag has found in the form that is asked for; on a screen, and in progress.png, without one."""
-    found = weighed(find(tag))
     if as_json:
-        return print(to_json(tag, found))
+        return print(to_json(tag, weighed(find(tag))))
     if as_diff:
-        return print(difference(tag, found, console.is_terminal))
+        return print(difference(tag, find(tag), console.is_terminal))
     tell(tag, console)
-    if found.best:
+    if tag.best:
         draw(tag, PICTURE)
         print(f"picture: {PICTURE.name}")
 
