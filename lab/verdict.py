@@ -17,6 +17,7 @@ KEEP_AT = 0.55  # P(better) from which a candidate is kept; this and the next tw
 IN_DOUBT = 0.35, 0.70  # P(better) between which a candidate runs once more
 NO_LOSS_AT, MARGIN = 0.80, 1.0  # P(no loss) from which a deletion is kept; so many sigma of one run are none
 RECENT = 500  # experiments, twice as many at most, are what P(better) is told from: long nights run out of ideas
+WILD = 10  # times the sigma of what was kept: a change that varies more says nothing about the others
 SURE = 0.90  # probability from which a word is said of what has become of an idea from elsewhere
 MOST_OTHERS = 0.15  # share of the CPU that others may have in a run on it, over what they had in those of the best
 SAME_PACE = 0.85  # runs of equal code agree if the shortest has this share of the steps of the longest
@@ -147,7 +148,17 @@ def scatter(score_groups):
 
 def noise(experiments):
     """pooled_noise() of all runs of `experiments`, those of one class apart from those of another."""
-    return pooled_noise([scores for e in experiments for scores in groups(e)])
+    return pooled_noise([scores for e in steady(experiments) for scores in groups(e)])
+
+
+def steady(experiments):
+    """Those that tell how much a run varies: not what was let go and varies far more by itself, like one that diverges.
+
+    With it, one unstable change would hide every gain of the rest of the night.
+    """
+    usual = pooled_noise([scores for e in experiments if e.status == "keep" for scores in groups(e)])[0]
+    most = WILD * usual if usual > 0 else math.inf
+    return [e for e in experiments if e.status == "keep" or not pooled_noise(groups(e))[0] > most]
 
 
 GREEDY = math.nan, 0  # the noise of one who does not ask for it: any lower score is kept after one run
@@ -190,13 +201,15 @@ def past(experiments: list[Experiment], best: Experiment, candidate: Experiment)
     start = max(0, (len(experiments) // RECENT - 1) * RECENT)
     # Of the older ones no more is told than the last that was kept, and how much a run varies.
     older = [each for each in experiments[:start] if each.status == "keep"][-1:]
-    noises = [scatter(groups(each)) for each in experiments[:start] if each not in older]
+    calm = {id(each) for each in steady(experiments)}
+    noises = [scatter(groups(each)) for each in experiments[:start] if each not in older and id(each) in calm]
     told, base = [Scores(0.0, 0, *map(sum, zip(*noises)))] if noises else [], ""
     for each in [*older, *experiments[start:]]:
         scores = rivals if each is best else scores_like(each, last) if last else all_scores(each)
         kept = each.status == "keep"
         stale = each.base and each.base != base and not kept
-        told.append(shown(each, [] if stale or each.status == "crash" else scores))
+        found = shown(each, [] if stale or each.status == "crash" else scores)
+        told.append(found if id(each) in calm else found._replace(scatter=0.0, repeats=0))
         base = each.commit if kept else base
     return tuple(told)
 
@@ -276,9 +289,8 @@ def judge(
     scores, rivals = _on_one_device(candidate, best) if greedy else comparable(candidate, best)
     if greedy and not rivals and not best_ran_again:
         return Verdict("best", f"the best has not run on {candidate.runs[-1].device} yet")
-    if (
-        not greedy and len(candidate.runs) > MAX_RUNS
-    ):  # the speed never settles, and the mean over all is the best guess
+    if not greedy and len(candidate.runs) > MAX_RUNS:
+        # The speed never settles, and the mean over all is the best guess.
         device = _match(candidate, best)[0]
         scores = [run.val_bpb for run in candidate.runs if same_device(run, device)]
     decision, reason = "discard", "no run of the best compares"

@@ -93,6 +93,14 @@ def test_a_row_whose_score_is_not_a_number_is_not_weighed():
     assert verdict.certainties(book, ["b"]) == {}
 
 
+def test_a_change_that_diverges_now_and_then_does_not_hide_the_gains_of_the_rest_of_the_night():
+    wild = named("w", 0.999, 5.0)
+    book = [named("a", 1.0, 1.001, 0.999, kept=True), wild, named("c", 1.002)]
+    assert verdict.noise(book) == verdict.noise([book[0]])
+    assert verdict.judge(named("d", 0.98), book[0], book).decision == "keep"
+    assert verdict.certainties([*book, named("d", 0.98)], ["d"])["d"] > 0.9
+
+
 def test_without_noise_a_deletion_at_an_equal_score_is_kept_and_a_change_is_not():
     still = experiment((1.0, 100), (1.0, 100), (1.0, 100))
     assert judge((1.0, 100), best=still, deletes=True).decision == "keep"
