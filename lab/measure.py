@@ -130,8 +130,11 @@ class Measure:
     async def _make_comparable(self, slot):
         """Run the best again where nothing could be compared with it otherwise."""
         if not self.greedy and not verdict.noise(self.tag.experiments)[1]:
-            for _ in range(verdict.BASELINE_RUNS):  # somebody has deleted the evidence
-                await self._run_best_again("runs/ has lost the runs that tell how much one varies", slot)
+            why = "runs/ has lost the runs that tell how much one varies"
+            if any(len(experiment.runs) > 1 for experiment in self.tag.experiments):
+                why = "no two runs were at one speed of the machine, which would tell how much one varies"
+            for _ in range(verdict.BASELINE_RUNS):
+                await self._run_best_again(why, slot)
         if self.slow_pauses[slot] >= SLOW_PAUSES:
             await self._run_best_again("the machine stays slow", slot)
 
