@@ -31,7 +31,7 @@ class Measure:
     """Holds the trials of one tag, and remembers what went wrong with the machines since the start of the loop."""
 
     def __init__(self, tag: Tag, say: Say, greedy=False, sandbox=True, patient=True):
-        """patient: whether to wait for a quiet moment where others disturb what went well."""
+        """patient: whether to pause until a quiet moment where others disturb what went well, and not only try again."""
         self.tag, self.say, self.greedy, self.sandbox, self.patient = tag, say, greedy, sandbox, patient
         self.running: dict[Slot, Running] = {}
         self.faults = collections.Counter()  # {(commit, run): trials in a row in which the machine was at fault}
@@ -103,7 +103,7 @@ class Measure:
         if not odd:
             return False
         said = f"the baseline made {', '.join(f'{run.steps or 0:.0f}' for run in runs)} steps, with equal code"
-        if self.rounds >= SLOW_TRIES * SLOW_PAUSES or not self.patient:
+        if self.rounds >= (SLOW_TRIES * SLOW_PAUSES if self.patient else SLOW_TRIES - 1):
             self.say(f"{said}: no quiet moment was found, and only large gains will be told from noise", "red")
             return False
         self.rounds += 1
@@ -164,17 +164,18 @@ class Measure:
         for nothing, and neither does one that others have disturbed: it is held again, after some tries in a row at
         another time.
         """
-        for _ in range(SLOW_TRIES):
+        for left in reversed(range(SLOW_TRIES)):
             result = self.tag.result(commit, run) or await self._hold(commit, run, description, slot)
             fault = self._slowness(commit, result) or self._disturbance(commit, result)
             if not fault:
                 self.slow_pauses[slot] = 0
                 return result
-            if result.outcome == "ok" and not self.patient:
-                self.say(f"{fault}; this run counts all the same", "yellow")
-                return result
             # No wait has helped: the machine may never be quieter, or never have had the rate that it is given.
             if self.slow_pauses[slot] >= SLOW_PAUSES and (result.outcome == "ok" or not self.tag.experiments):
+                return result
+            if result.outcome == "ok" and not self.patient and not left:
+                self.say(f"{fault}; no quiet moment was found, so this run counts all the same", "yellow")
+                self.slow_pauses[slot] = SLOW_PAUSES
                 return result
             ended = f" ({one_line(result.reason, 200)})" * (result.outcome != "ok")
             self.say(f"{fault}; run {run + 1} of {commit} does not count{ended}", "yellow")
