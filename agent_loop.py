@@ -43,10 +43,10 @@ try:
     from lab.news import News
     from lab.repository import Repository
     from lab.researcher import Draft, Enough, Researcher
+    from lab.runs import difference
     from lab.sharing import Sharing, share, sharing
     from lab.slots import POLL, Slot, choose_slots, end_all, idle_cards
     from lab.tag import THROW_AWAY, Tag, book_owner
-    from lab.verdict import difference
     from lab.view import COLOURS, View, live, say
     from prepare import PASSING, Pause, Trouble, words
 except ModuleNotFoundError as missing:  # a fresh clone

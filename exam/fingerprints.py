@@ -47,6 +47,7 @@ FROZEN = (
     "exam/fingerprints.py",
     "exam/tokenizer.py",  # for the bytes of a token
     "exam/load.py",  # for the share of others by which disturbed runs are told
+    "exam/card.py",  # for the same on a GPU
     "exam/speed.py",  # for the rate by which runs on a slow machine are told
     "exam/syscalls.py",
     "exam/sandbox.py",

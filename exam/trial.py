@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from exam import limits
+from exam.card import Card
 from exam.compiled import copy_folder, move_compiled
 from exam.examiner import Examiner, finish_exam
 from exam.files import ROOT, remove
@@ -145,9 +146,10 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         examiner = start_examiner()
         rows = stack.enter_context(open(folder / "train.bin", "rb"))
         stack.callback(end_processes)
+        card = Card()
         child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops, shares)
         stack.callback(os.close, output)
-        watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out, shares)
+        watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out, card, shares)
         facts = follow(watch, rows.fileno(), keep_compiled)
         if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
             examiner = start_examiner()

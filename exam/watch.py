@@ -100,8 +100,8 @@ class Watch:
 
     last_to_go = CANDIDATE_GOES  # oom_score_adj below which a process wants others to be ended before it
 
-    def __init__(self, child, examiner, channel, output, task, out, shares=1):
-        """shares: how many trials divide the memory of the machine."""
+    def __init__(self, child, examiner, channel, output, task, out, card, shares=1):
+        """card: the GPU's account, from before the child; shares: how many trials divide the machine's memory."""
         import psutil
 
         self.child, self.examiner, self.channel, self.output = child, examiner, channel, output
@@ -110,7 +110,7 @@ class Watch:
         self.deadline, self.next_look = self.started + task.startup_limit, self.started
         self.outcome = self.reason = None
         self.report, self.peak, self.cpu_at_begin, self.logged = {}, 0, 0.0, 0
-        self.load = self.others = None
+        self.load, self.others, self.card = None, None, card
         disk = os.statvfs(out)
         self.free_at_start = disk.f_bavail * disk.f_frsize
         self.shared_at_start = getattr(psutil.virtual_memory(), "shared", 0)  # which macOS does not tell
@@ -219,6 +219,8 @@ class Watch:
         memory = threads = 0
         if len(alive) > limits.PROCESS_LIMIT:
             return f"it ran more than {limits.PROCESS_LIMIT} processes"
+        if self.begun:
+            self.card.look({process.pid for process in alive})
         for process in alive:
             with contextlib.suppress(psutil.Error, OSError, ValueError):
                 memory += process.memory_info().rss
@@ -273,6 +275,7 @@ class Watch:
             "training_seconds": round(training, 3),
             "cpu_seconds": round(cpu, 3),
             "others": self.others,
+            **self.card.facts(),
             "peak_rss_mb": round(self.peak / 2**20, 1),
             **numbers({key: self.report.get(key) for key in ("steps", "tokens", "params", "peak_vram_mb")}),
         }

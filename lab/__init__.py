@@ -4,8 +4,9 @@ No import runs back up this list, and none leads from here to agent_loop.py:
 
   book        Experiment, results.tsv
   curve       loss curves
+  runs        which runs compare, and what a seed does to a score: pure functions
   posterior   P(better) by Bayes' rule on the scores of a night
-  verdict     noise, which runs compare, better or not, run again or not: pure functions
+  verdict     noise, better or not, run again or not: pure functions
   simpler     whether a change only takes code away
   trust       which idea of others is tried next, and when: pure functions
   repository  git

@@ -19,7 +19,15 @@ class Run:
     speed: float | None  # matrix-multiply rate of the machine right after it, FLOP/s; None where not known
     device: str = ""  # its name; "" where not known
     steps: float | None = None  # of training, by its own word
-    others: float | None = None  # share of the CPU that others had during training; None where not known
+    others: float | None = None  # share of the device that others had during training; None where not known
+    held_back: float | None = None  # share of that time in which heat or the power supply held a GPU back
+    seed: int = 0
+    shift: float = 0.0  # what val_bpb has lost, so that it compares with scores of seed 0
+
+    @property
+    def measured(self) -> float:
+        """val_bpb as the exam has found it."""
+        return self.val_bpb + self.shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +49,16 @@ class Experiment:
 
     def after(self, result):
         """The experiment with one more finished run, a Result."""
-        run = Run(result.val_bpb, result.matmul_flops, result.device or "", result.steps, result.others)
+        speed, device = result.matmul_flops, result.device or ""
+        others = result.others if on_cpu(device) else result.gpu_others
+        run = Run(result.val_bpb, speed, device, result.steps, others, result.gpu_held_back, result.seed)
         memory = max(self.memory_gb, result.memory_gb)
         return dataclasses.replace(self, memory_gb=memory, runs=(*self.runs, run))
+
+
+def on_cpu(device: str) -> bool:
+    """Whether a Run's device is a CPU, or may be one."""
+    return not device or device.startswith("CPU")
 
 
 def title(text):

@@ -12,9 +12,10 @@ from exam.result import Result
 from lab.api import TOKENS
 from lab.book import Experiment, best_of
 from lab.curve import json_lines
+from lab.runs import changes, difference
 from lab.tag import Tag
 from lab.transfer import rank_correlation
-from lab.verdict import certainties, changes, confidence, difference, level, noise
+from lab.verdict import certainties, confidence, level, noise
 from prepare import one_line
 
 
@@ -210,10 +211,19 @@ def time_spent(held: list[Held], starts: list[float]) -> dict[str, float]:
     return {phase: round(seconds, 1) for phase, seconds in spent.items()}
 
 
-def quiet(held: list[Held]) -> tuple[float, float] | None:
-    """(median, maximum) of the shares of the CPU that others had in the trials that count; None where not known."""
-    shares = [each.result.others for each in held if each.result.others is not None]
-    return (statistics.median(shares), max(shares)) if shares else None
+QUIET = {  # what a Result tells of how undisturbed its trial was, in words for the median and the largest
+    "others": "others had {:.0%} of the CPU in the median trial, and at most {:.0%}",
+    "gpu_others": "others had {:.0%} of the GPU in the median trial, and at most {:.0%}",
+    "gpu_held_back": "heat or the power supply held the GPU back for {:.0%} of the median trial, and at most {:.0%}",
+    "gpu_celsius": "the GPU was at {:.0f} degrees Celsius in the median trial, and at most {:.0f}",
+    "gpu_megahertz": "the GPU ran at {:.0f} MHz in the median trial, and at most at {:.0f}",
+}
+
+
+def quiet(held: list[Held]) -> dict[str, tuple[float, float]]:
+    """{name of QUIET: (median, maximum) over the trials that count}, of those that are known."""
+    values = {name: [v for each in held if (v := getattr(each.result, name)) is not None] for name in QUIET}
+    return {name: (statistics.median(known), max(known)) for name, known in values.items() if known}
 
 
 @dataclasses.dataclass(frozen=True)

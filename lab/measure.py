@@ -14,6 +14,7 @@ from exam.result import Result
 from lab import launch, verdict
 from lab.book import Experiment
 from lab.researcher import Draft, Say
+from lab.runs import SEEDS, disturbed, out_of_step, same_speed
 from lab.simpler import only_deletes
 from lab.slots import POLL, Running, Slot, end_all
 from lab.tag import Tag
@@ -31,7 +32,7 @@ class Measure:
     """Holds the trials of one tag, and remembers what went wrong with the machines since the start of the loop."""
 
     def __init__(self, tag: Tag, say: Say, greedy=False, sandbox=True, patient=True):
-        """patient: whether to pause until a quiet moment where others disturb what went well, and not only try again."""
+        """patient: whether to pause until a quiet moment where others disturb what went well, besides trying again."""
         self.tag, self.say, self.greedy, self.sandbox, self.patient = tag, say, greedy, sandbox, patient
         self.running: dict[Slot, Running] = {}
         self.faults = collections.Counter()  # {(commit, run): trials in a row in which the machine was at fault}
@@ -99,7 +100,7 @@ class Measure:
 
         Raises Pause, after some tries, for the machine to become quiet; after some of these they are taken as they are.
         """
-        odd = verdict.out_of_step(runs)
+        odd = out_of_step(runs)
         if not odd:
             return False
         said = f"the baseline made {', '.join(f'{run.steps or 0:.0f}' for run in runs)} steps, with equal code"
@@ -158,7 +159,7 @@ class Measure:
     # -- one trial, and whose fault its failure is
 
     async def _trial(self, commit, run, description, slot):
-        """The result of `commit` with seed `run`, which an earlier start may have left.
+        """The result of the run of this number, which an earlier start may have left.
 
         Raises Pause where the machine, and not the candidate, is at fault. A trial that failed on a slow machine counts
         for nothing, and neither does one that others have disturbed: it is held again, after some tries in a row at
@@ -234,9 +235,9 @@ class Measure:
             source=tag.repository.source(f"refs/autoresearch/{tag.name}/{commit}"),
             out=tag.path(commit, run),
             task=tag.task,
-            seed=run,
+            seed=run % SEEDS,
             flops=tag.settings["flops"],
-            beat=max([each.val_bpb for each in best.runs] or [best.val_bpb]) if best else None,
+            beat=max([each.measured for each in best.runs] or [best.val_bpb]) if best else None,
             # To compile takes a GPU a minute. But what a candidate has compiled is a folder of code, in which it could
             # tell the next trial something: so it is the baseline's.
             warm=None if not tag.result(start, 0) or (commit, run) == (start, 0) else tag.path(start, 0),
@@ -286,7 +287,7 @@ class Measure:
         if not speed or not (self._late(result) or result.outcome in ("timeout", "crash")):
             return None
         usual = self._usual_speed(commit, result.device or "")
-        if verdict.same_speed(speed, usual) or speed > usual:
+        if same_speed(speed, usual) or speed > usual:
             return None
         return f"the machine multiplies matrices at {speed / 1e12:.3g} TFLOP/s, and had {usual / 1e12:.3g}"
 
@@ -296,12 +297,12 @@ class Measure:
         if result.outcome != "ok" and not late:
             return None
         best, measured = self.tag.best, Experiment(commit, 0.0, 0.0, "", "").after(result).runs[0]
-        if verdict.disturbed(measured, list(best.runs) if best else []):
-            return f"others had {result.others:.0%} of the CPU while {commit} trained"
+        if said := disturbed(measured, list(best.runs) if best else []):
+            return f"{said} while {commit} trained"
         if self._late(result) and not best:
             return "the machine is too slow or too busy for the exam"
         runs = [*best.runs, measured] if best and commit == best.commit else [measured]
-        if len(runs) - 1 in verdict.out_of_step(runs):
+        if len(runs) - 1 in out_of_step(runs):
             most = max(each.steps or 0 for each in best.runs)
             return f"{commit} made {measured.steps:.0f} steps, and {most:.0f} before"
         return None

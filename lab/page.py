@@ -14,10 +14,11 @@ from lab.book import Experiment
 from lab.curve import loss_at, read_curve
 from lab.findings import Findings, find, trials, weighed
 from lab.report import certainty, expenses, failures, paces, transfer_rows
+from lab.runs import changes
 from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers
-from lab.verdict import changes, percent
+from lab.verdict import percent
 
 DIFF_LINES = 400  # of one change
 CURVE_POINTS = 200
@@ -154,10 +155,7 @@ def kept_changes(tag: Tag, found: Findings):
 
 
 def runs(e: Experiment) -> str:
-    rows = [
-        (f"{seed}", f"{run.val_bpb:.6f}", f"{run.steps or 0:.0f}", run.device or "unknown")
-        for seed, run in enumerate(e.runs)
-    ]
+    rows = [(f"{run.seed}", f"{run.measured:.6f}", f"{run.steps or 0:.0f}", run.device or "unknown") for run in e.runs]
     return table([("seed", "val_bpb", "steps", "device"), *rows])
 
 

@@ -13,8 +13,8 @@ from exam.files import ROOT
 from lab.book import Experiment, Run
 from lab.curve import loss_at, read_curve
 from lab.findings import Findings, find
+from lab.runs import changes, disturbed, out_of_step
 from lab.tag import Tag
-from lab.verdict import changes, disturbed, out_of_step
 from prepare import Trouble
 
 PICTURE = ROOT / "progress.png"
@@ -230,27 +230,29 @@ def loss_curves(tag: Tag, found: Findings):
     ends = [(f"{word} {e.commit}", colour, runs) for e, word, colour in ends if (runs := held_runs(tag, e))]
     every = [run for _, _, runs in ends for run, _ in runs.values()]
     quietest = min(every, key=lambda run: run.others or 0.0, default=None)
-    quiet = [quiet_seeds(runs, quietest) for _, _, runs in ends]
+    quiet = [quiet_runs(runs, quietest) for _, _, runs in ends]
     common, lines = set.intersection(*quiet) if quiet else set(), []
     for (name, colour, runs), calm in zip(ends, quiet):
-        seed = min(common or calm or runs)
-        label = f"{name}, seed {seed}" + ", disturbed by others" * (seed not in calm)
-        lines.append((label, colour, smooth(runs[seed][1])))
+        number = min(common or calm or runs)
+        run, curve = runs[number]
+        label = f"{name}, seed {run.seed}" + ", disturbed by others" * (number not in calm)
+        lines.append((label, colour, smooth(curve)))
     return lines
 
 
 def held_runs(tag: Tag, experiment: Experiment) -> dict[int, tuple[Run, list]]:
-    """{seed: (run, its loss curve)} of those runs of an experiment that have left one."""
-    seeds = [seed for seed, result in enumerate(tag.results(experiment.commit)) if result.outcome == "ok"]
-    curves = [read_curve(tag.path(experiment.commit, seed) / "metrics.jsonl") for seed in seeds]
-    return {s: (run, curve) for s, run, curve in zip(seeds, experiment.runs, curves) if curve and curve[-1][0] > 0}
+    """{number: (run, its loss curve)} of those runs of an experiment that have left one; the number tells the seed."""
+    numbers = [number for number, result in enumerate(tag.results(experiment.commit)) if result.outcome == "ok"]
+    curves = [read_curve(tag.path(experiment.commit, number) / "metrics.jsonl") for number in numbers]
+    held = zip(numbers, experiment.runs, curves)
+    return {number: (run, curve) for number, run, curve in held if curve and curve[-1][0] > 0}
 
 
-def quiet_seeds(runs, quietest: Run) -> set[int]:
-    """The seeds of those of held_runs() that were not disturbed, by the quietest run of the picture."""
+def quiet_runs(runs, quietest: Run) -> set[int]:
+    """The numbers of those of held_runs() that were not disturbed, by the quietest run of the picture."""
     odd = out_of_step([run for run, _ in runs.values()])
-    disturbs = [place in odd or disturbed(run, [quietest]) for place, (run, _) in enumerate(runs.values())]
-    return {seed for seed, odd in zip(runs, disturbs) if not odd}
+    disturbs = [place in odd or bool(disturbed(run, [quietest])) for place, (run, _) in enumerate(runs.values())]
+    return {number for number, odd in zip(runs, disturbs) if not odd}
 
 
 def smooth(curve):

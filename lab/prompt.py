@@ -13,7 +13,8 @@ import prepare
 from exam.files import ROOT
 from lab.book import STATUSES, best_of
 from lab.researcher import Brief, Failure
-from lab.verdict import IN_DOUBT, KEEP_AT, changes, percent
+from lab.runs import changes
+from lab.verdict import IN_DOUBT, KEEP_AT, percent
 from prepare import one_line
 
 MARK = f"data-{secrets.token_hex(6)}"  # drawn for this process, so that no text can have been written to contain it

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from exam.files import ROOT
 from lab.findings import (
+    QUIET,
     Findings,
     cost,
     find,
@@ -52,7 +53,7 @@ def to_json(tag: Tag, found: Findings) -> str:
     told |= {status: found.count(status) for status in ("keep", "discard", "crash")}
     told["failures"] = [{"commit": e.commit, "description": e.description, "reason": why} for e, why in failures(tag)]
     held = trials(tag)
-    told["others"] = quiet(held)
+    told |= quiet(held)
     told |= {"cost": cost(tag), "seconds": time_spent(held, tag.starts())}
     told["transfers"] = [dataclasses.asdict(each) for each in transfers(tag)]
     told["foresight"] = dataclasses.asdict(seen) if (seen := foresight(tag)) else None
@@ -185,8 +186,8 @@ def expenses(tag, held):
     if whole := sum(seconds.values()):
         parts = ", ".join(f"{phase} {share / whole:.0%}" for phase, share in seconds.items())
         yield f"time: {f'{whole / 3600:.1f} h' if whole >= 3600 else f'{whole / 60:.0f} min'}: {parts}"
-    if others := quiet(held):
-        yield f"others had {others[0]:.0%} of the CPU in the median trial, and at most {others[1]:.0%}"
+    for name, values in quiet(held).items():
+        yield QUIET[name].format(*values)
     if seen := foresight(tag):
         rank = "" if seen.rank_correlation is None else f", rank correlation {seen.rank_correlation:+.2f}"
         yield (

@@ -10,8 +10,9 @@ from lab.elsewhere import standing_of, trials_of
 from lab.exchange import Exchange, arrived
 from lab.peers import FULL_NAME, Idea, edit_key
 from lab.researcher import Draft
+from lab.runs import comparable
 from lab.tag import Tag
-from lab.verdict import comparable, noise
+from lab.verdict import noise
 from prepare import Pause, Trouble, one_line
 
 CLOSING = 10.0  # seconds that the pushes of a night's last rows get

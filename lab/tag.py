@@ -17,6 +17,7 @@ from exam.result import Result
 from lab.book import Experiment, add_row, best_of, read_book, title
 from lab.repository import Repository
 from lab.researcher import Draft, Failure, Say, digest
+from lab.runs import seed_effect, with_one_seed
 from prepare import Task, Trouble
 
 THROW_AWAY = """
@@ -38,7 +39,7 @@ class Tag:
         self.repository, self.name, self.say = repository, name, say
         self.branch, self.folder, self.book = f"autoresearch/{name}", ROOT / "runs" / name, ROOT / "results.tsv"
         self.task: Task | None = None
-        self.experiments: list[Experiment] = []
+        self.experiments: list[Experiment] = []  # with the scores of their runs brought to one seed
         self.digests: dict[str, str] = {}  # of the train.py of finished candidates
         self.settings = self._read_settings()  # {} for a new tag
 
@@ -169,6 +170,11 @@ class Tag:
                 if result.outcome == "ok":
                     experiment = experiment.after(result)
             self.experiments[place] = dataclasses.replace(experiment, base=bases.get(experiment.commit, ""))
+        self._compare_seeds()
+
+    def _compare_seeds(self):
+        effect = seed_effect(self.experiments)
+        self.experiments[:] = [with_one_seed(experiment, effect) for experiment in self.experiments]
 
     def _bases(self):
         """{commit: that of the kept experiment whose train.py it changes}, of those that git knows."""
@@ -329,6 +335,7 @@ class Tag:
         self.experiments.append(
             dataclasses.replace(experiment, base=base.commit if base and base.status == "keep" else "")
         )
+        self._compare_seeds()
         self.settle()
         self._clear_up(running)
 
@@ -347,6 +354,7 @@ class Tag:
         """Count one more finished run of an experiment."""
         place = next(place for place, e in enumerate(self.experiments) if e.commit == commit)
         self.experiments[place] = self.experiments[place].after(result)
+        self._compare_seeds()
 
     def settle(self):
         """Bring the branch and the working tree to the best train.py; other files and staged changes stay as they are.

@@ -8,8 +8,20 @@ import dataclasses
 import math
 import statistics
 
-from lab.book import Experiment, Run
+from lab.book import Experiment
 from lab.posterior import Scores, level_of_best, probability_of_gain, probability_of_no_loss
+from lab.runs import (
+    all_scores,
+    comparable,
+    groups,
+    match,
+    on_one_device,
+    same_device,
+    scores_like,
+    seed_effect,
+    seed_gaps,
+    with_one_seed,
+)
 
 BASELINE_RUNS = 3  # they give the first estimate of the noise
 MAX_RUNS = 2  # of one candidate
@@ -19,113 +31,6 @@ NO_LOSS_AT, MARGIN = 0.80, 1.0  # P(no loss) from which a deletion is kept; so m
 RECENT = 500  # experiments, twice as many at most, are what P(better) is told from: long nights run out of ideas
 WILD = 10  # times the sigma of what was kept: a change that varies more says nothing about the others
 SURE = 0.90  # probability from which a word is said of what has become of an idea from elsewhere
-MOST_OTHERS = 0.15  # share of the CPU that others may have in a run on it, over what they had in those of the best
-SAME_PACE = 0.85  # runs of equal code agree if the shortest has this share of the steps of the longest
-SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which runs compare: those of one speed class, which is a device at about one speed. What is not known always compares.
-
-
-def same_speed(a, b):
-    """Whether two matrix-multiply rates are equal enough for scores to compare; an unknown one always is."""
-    return not a or not b or min(a, b) >= SAME_SPEED * max(a, b)
-
-
-def same_device(a: Run, b: Run):
-    """Whether two runs were on devices of one name; an unknown one may have been."""
-    return not a.device or not b.device or a.device == b.device
-
-
-def same_class(a: Run, b: Run):
-    """Whether the scores of two runs compare."""
-    return same_device(a, b) and same_speed(a.speed, b.speed)
-
-
-def disturbed(run: Run, usual: list[Run]) -> bool:
-    """Whether others had clearly more of the CPU in a run than in the usual ones; on a GPU that counts for nothing."""
-    on_cpu = not run.device or run.device.startswith("CPU")
-    return on_cpu and (run.others or 0.0) > MOST_OTHERS + max([each.others or 0.0 for each in usual], default=0.0)
-
-
-def out_of_step(runs: list[Run]) -> set[int]:
-    """Places of those runs of equal code that made far fewer steps than another on such a device."""
-    most = {a.device: max(b.steps or 0.0 for b in runs if same_device(a, b)) for a in runs}
-    return {place for place, run in enumerate(runs) if run.steps and run.steps < SAME_PACE * most[run.device]}
-
-
-def scores_like(experiment: Experiment, run: Run) -> list[float]:
-    """Scores of the runs that compare with `run`."""
-    return [each.val_bpb for each in experiment.runs if same_class(each, run)]
-
-
-def all_scores(experiment: Experiment) -> list[float]:
-    """Scores of all runs; where they are lost, that of the row."""
-    return [run.val_bpb for run in experiment.runs] or [experiment.val_bpb]
-
-
-def groups(experiment: Experiment) -> list[list[float]]:
-    """The scores in groups of runs of one class, every run in one of them."""
-    found = []
-    for run in experiment.runs:
-        for first, scores in found:
-            if same_class(first, run):
-                scores.append(run.val_bpb)
-                break
-        else:
-            found.append((run, [run.val_bpb]))
-    return [scores for _, scores in found]
-
-
-def comparable(candidate: Experiment, best: Experiment) -> tuple[list[float], list[float]]:
-    """(scores of the candidate, scores of the best) that compare: in the class of the candidate's last run.
-
-    Where the best has no run in it, its faster ones on the same device are compared with, which do the candidate no
-    favour. Where it has none of these, the class of the run before counts, and so on; without any, it has no scores.
-    """
-    if not candidate.runs or not best.runs:
-        return all_scores(candidate), all_scores(best)
-    last, rivals = _match(candidate, best)
-    return scores_like(candidate, last), rivals
-
-
-def difference(experiment: Experiment, best: Experiment) -> float | None:
-    """val_bpb of an experiment minus that of another, by the runs that compare, as the verdict takes them.
-
-    None for a crash, and where no runs do.
-    """
-    scores, rivals = comparable(experiment, best)
-    if experiment.status == "crash" or not rivals:
-        return None
-    return statistics.fmean(scores) - statistics.fmean(rivals)
-
-
-def changes(experiments) -> list[tuple[Experiment, float | None]]:
-    """(experiment, its difference() from the best before it) in order; None for the first ones as well."""
-    best, pairs = None, []
-    for experiment in experiments:
-        pairs.append((experiment, difference(experiment, best) if best else None))
-        if experiment.status == "keep":
-            best = experiment
-    return pairs
-
-
-def _on_one_device(candidate, best):
-    """(scores of the candidate, scores of the best) on the device of the candidate's last run, at whatever speed."""
-    if not candidate.runs or not best.runs:
-        return all_scores(candidate), all_scores(best)
-    last = candidate.runs[-1]
-    return tuple([run.val_bpb for run in each.runs if same_device(run, last)] for each in (candidate, best))
-
-
-def _match(candidate, best):
-    """(the last run of the candidate with which runs of the best compare, their scores); the last run and [] if none"""
-    for run in reversed(candidate.runs):
-        faster = [each.val_bpb for each in best.runs if same_device(each, run) and (each.speed or 0) > (run.speed or 0)]
-        if rivals := scores_like(best, run) or faster:
-            return run, rivals
-    return candidate.runs[-1], []
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How sure a difference is
@@ -147,8 +52,14 @@ def scatter(score_groups):
 
 
 def noise(experiments):
-    """pooled_noise() of all runs of `experiments`, those of one class apart from those of another."""
-    return pooled_noise([scores for e in steady(experiments) for scores in groups(e)])
+    """pooled_noise() of all runs of `experiments`, those of one class apart from those of another.
+
+    One repeat is spent on what a seed does.
+    """
+    calm = steady(experiments)
+    squares, freedom = scatter([scores for e in calm for scores in groups(e)])
+    freedom -= bool(seed_gaps(calm))
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
 
 
 def steady(experiments):
@@ -197,13 +108,15 @@ def past(experiments: list[Experiment], best: Experiment, candidate: Experiment)
 
     One that was made from another than the best of its time, and lost, says nothing about how ideas do on that one.
     """
-    last, rivals = _match(candidate, best) if candidate.runs and best.runs else (None, all_scores(best))
+    last, rivals = match(candidate, best) if candidate.runs and best.runs else (None, all_scores(best))
     start = max(0, (len(experiments) // RECENT - 1) * RECENT)
     # Of the older ones no more is told than the last that was kept, and how much a run varies.
     older = [each for each in experiments[:start] if each.status == "keep"][-1:]
     calm = {id(each) for each in steady(experiments)}
     noises = [scatter(groups(each)) for each in experiments[:start] if each not in older and id(each) in calm]
     told, base = [Scores(0.0, 0, *map(sum, zip(*noises)))] if noises else [], ""
+    if seed_gaps([each for each in experiments if id(each) in calm]):
+        told.append(Scores(0.0, 0, 0.0, -1))  # the repeat that is spent on what a seed does
     for each in [*older, *experiments[start:]]:
         scores = rivals if each is best else scores_like(each, last) if last else all_scores(each)
         kept = each.status == "keep"
@@ -272,6 +185,7 @@ class Verdict:
 
 def judge_baseline(baseline: Experiment, greedy=False) -> Verdict:
     """It is kept, after as many runs on one device as give a first estimate of the noise."""
+    baseline = with_one_seed(baseline, seed_effect([baseline]))
     device = statistics.mode(run.device for run in baseline.runs)
     scores = tuple(run.val_bpb for run in baseline.runs if run.device == device)
     done = len(scores) >= (1 if greedy else BASELINE_RUNS)
@@ -286,12 +200,13 @@ def judge(
     experiments: all of the tag, in order, the best among them. best_ran_again: whether the best has run for this
     candidate already. deletes: whether the candidate only deletes code, and need not be better to be kept.
     """
-    scores, rivals = _on_one_device(candidate, best) if greedy else comparable(candidate, best)
+    candidate = with_one_seed(candidate, seed_effect(experiments))
+    scores, rivals = on_one_device(candidate, best) if greedy else comparable(candidate, best)
     if greedy and not rivals and not best_ran_again:
         return Verdict("best", f"the best has not run on {candidate.runs[-1].device} yet")
     if not greedy and len(candidate.runs) > MAX_RUNS:
         # The speed never settles, and the mean over all is the best guess.
-        device = _match(candidate, best)[0]
+        device = match(candidate, best)[0]
         scores = [run.val_bpb for run in candidate.runs if same_device(run, device)]
     decision, reason = "discard", "no run of the best compares"
     if rivals and greedy:
@@ -352,7 +267,8 @@ def beats_base(candidate: Experiment, base: Experiment, experiments, greedy=Fals
     To be asked for a finished candidate, kept or not, whose base is not the best any more. One that is in doubt does
     not run again for this: by tests/nights_parallel.py that is not worth its time. experiments: as for judge().
     """
-    scores, rivals = _on_one_device(candidate, base) if greedy else comparable(candidate, base)
+    candidate = with_one_seed(candidate, seed_effect(experiments))
+    scores, rivals = on_one_device(candidate, base) if greedy else comparable(candidate, base)
     if greedy or not rivals:
         return bool(rivals) and probability_better(scores, rivals, GREEDY) > 0
     if base.status != "keep":  # an owner's commit on top of what was let go

@@ -11,8 +11,8 @@ from rich.text import Text
 from lab.curve import finished_curve, loss_at, read_curve
 from lab.findings import Findings, find
 from lab.report import aligned
+from lab.runs import changes
 from lab.slots import Running
-from lab.verdict import changes
 
 COLOURS = {"keep": "green", "discard": "", "crash": "red"}  # of the three statuses
 

@@ -226,7 +226,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         now, _, others = now.partition("@")
         speed, _, end = now.partition(":")
     source = Path(train_py).read_bytes()
-    environment = os.environ | {"SEED": str(seed), "SECONDS": str(task.time_budget)}
+    environment = os.environ | {"RUN": out.name, "SECONDS": str(task.time_budget)}
     ended = subprocess.run([sys.executable, train_py], env=environment, capture_output=True, text=True)
     (out / "log.txt").write_text(ended.stdout + ended.stderr)
     (out / "metrics.jsonl").write_text('{"seconds": 0.1, "step": 1, "loss": 5.0}\\n')
@@ -246,7 +246,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     result.seed, result.task, result.budget = seed, task.name, task.time_budget
     result.sha256 = {"train.py": hashlib.sha256(source).hexdigest(), **fingerprints(task)}
     with open(out.parents[2] / "trials", "a") as file:
-        print(Path(train_py).parent.name, seed, file=file)
+        print(Path(train_py).parent.name, out.name, file=file)
     (out / "told").write_text(f"{flops} {warm}")
     result.write(out / "result.json")
     return result

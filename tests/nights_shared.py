@@ -25,8 +25,9 @@ from nights_parallel import HALVING, UNITS  # noqa: E402
 
 from lab import trust  # noqa: E402
 from lab.book import Experiment, Run  # noqa: E402
+from lab.runs import comparable  # noqa: E402
 from lab.trust import Claim, Trial, next_claim  # noqa: E402
-from lab.verdict import BASELINE_RUNS, comparable, judge, noise  # noqa: E402
+from lab.verdict import BASELINE_RUNS, judge, noise  # noqa: E402
 
 QUIET, NOISY = 0.0005, 0.01  # sigma of a run
 THIRD = (NOISY / QUIET) ** (1 / 3)  # the quiet are the quietest third of the machines, the noisy the noisiest

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -69,7 +68,9 @@ def check_the_end(folder):
     for commit, val_bpb, _, status, _ in rows:
         results = [json.loads(path.read_text()) for path in (folder / "runs" / "t" / commit).glob("*/result.json")]
         if status != "crash":
-            assert float(val_bpb) == pytest.approx(statistics.fmean(r["val_bpb"] for r in results), abs=1e-6)
+            scores = [result["val_bpb"] for result in results]  # the row's are brought to one seed
+            assert min(scores) - 1e-6 <= float(val_bpb) <= max(scores) + 1e-6
+            assert len(scores) > 1 or float(val_bpb) == pytest.approx(scores[0], abs=1e-6)
     check_the_owner(folder)
     assert git("status", "--porcelain").splitlines() == [" M notes.txt", " M program.md", "A  staged.txt"]
     assert all(path.name.startswith("autoresearch") for path in folder.rglob("*.lock"))

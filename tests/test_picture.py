@@ -132,6 +132,10 @@ def test_the_largest_gains_are_named_where_there_are_too_many(tag):
     assert {0, *sorted(gains, key=gains.get)[-60:]} == named
 
 
+def run_of(val_bpb, seed, others, steps):
+    return Run(val_bpb, None, "CPU", steps=steps, others=others, seed=seed)
+
+
 @pytest.mark.parametrize(
     ("baseline", "best", "shown"),
     [
@@ -146,15 +150,15 @@ def test_the_largest_gains_are_named_where_there_are_too_many(tag):
 def test_the_losses_are_of_runs_of_one_seed_that_nobody_has_disturbed(baseline, best, shown, tag):
     rows = []
     for val_bpb, runs in ((1.0, baseline), (0.9, best)):
-        rows.append(row(val_bpb, "keep", runs=[Run(val_bpb, None, "CPU", steps, others) for others, steps in runs]))
+        rows.append(row(val_bpb, "keep", runs=[run_of(val_bpb, number, *run) for number, run in enumerate(runs)]))
     held = tag(rows)
     for e in rows:
-        for seed, run in enumerate(e.runs):
-            held.path(e.commit, seed).mkdir(parents=True)
+        for number, run in enumerate(e.runs):
+            held.path(e.commit, number).mkdir(parents=True)
             result = {"outcome": "ok", "val_bpb": e.val_bpb, "others": run.others, "steps": run.steps, "device": "CPU"}
-            (held.path(e.commit, seed) / "result.json").write_text(json.dumps(result))
-            lines = [json.dumps({"seconds": at / 10, "loss": seed + 1.0}) for at in range(1, 100)]
-            (held.path(e.commit, seed) / "metrics.jsonl").write_text("\n".join(lines))
+            (held.path(e.commit, number) / "result.json").write_text(json.dumps(result | {"seed": number}))
+            lines = [json.dumps({"seconds": at / 10, "loss": number + 1.0}) for at in range(1, 100)]
+            (held.path(e.commit, number) / "metrics.jsonl").write_text("\n".join(lines))
     axes = picture.compose(held, find(held)).axes[1]
     expected = [f"{word} {e.commit}, {seed}" for word, e, seed in zip(("baseline", "best"), rows, shown)]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == expected

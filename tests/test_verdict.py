@@ -12,6 +12,7 @@ from nights_parallel import Setup
 
 from lab import verdict
 from lab.book import Experiment, Run
+from lab.runs import comparable, difference, groups
 
 
 def test_sigma_is_pooled_over_the_repeats_of_each_commit():
@@ -183,7 +184,7 @@ def test_a_worse_score_on_a_slower_machine_first_runs_the_candidate_and_then_the
 
 def test_a_best_that_ran_often_is_compared_with_the_baseline_at_one_speed_all_the_same():
     best = experiment((0.9, 200), (0.9, 200), (0.9, 200), (1.0, 100))
-    assert verdict.comparable(best, BEST) == ([1.0], [1.0, 1.001, 0.999])
+    assert comparable(best, BEST) == ([1.0], [1.0, 1.001, 0.999])
 
 
 def test_a_better_score_on_a_slower_machine_is_kept_and_one_on_a_faster_machine_is_doubted():
@@ -201,9 +202,9 @@ def test_without_the_runs_of_the_best_its_row_counts_and_greed_asks_for_no_speed
 
 def test_the_noise_of_a_run_is_pooled_within_machine_speeds():
     mixed = experiment((1.0, 100), (1.1, 50), (1.1, 51))
-    assert verdict.noise([mixed]) == (0.0, 1) and verdict.groups(mixed) == [[1.0], [1.1, 1.1]]
+    assert verdict.noise([mixed]) == (0.0, 1) and groups(mixed) == [[1.0], [1.1, 1.1]]
     cards = experiment((1.0, 100, "A"), (1.2, 100, "B"), (1.0, 100, "A"))
-    assert verdict.noise([cards]) == (0.0, 1) and verdict.groups(cards) == [[1.0, 1.0], [1.2]]
+    assert verdict.noise([cards]) == (0.0, 1) and groups(cards) == [[1.0, 1.0], [1.2]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def test_a_run_whose_device_is_not_known_compares_with_all():
 
 def test_a_candidate_that_ran_on_two_devices_is_compared_where_the_best_has_a_run():
     candidate = experiment((0.9, 100, "A"), (0.8, 100, "B"))
-    assert verdict.comparable(candidate, ON_A) == ([0.9], [1.0, 1.001, 0.999])
+    assert comparable(candidate, ON_A) == ([0.9], [1.0, 1.001, 0.999])
 
 
 @pytest.mark.parametrize("devices, best_runs_there", [("AB", True), ("AB", False), ("ABCDEFGH", True), ("AXYZ", False)])
@@ -302,6 +303,6 @@ def test_the_difference_that_is_told_is_that_of_the_runs_that_are_compared():
     """A candidate on a fast machine that loses to the best's run there is not told to be better than its slow ones."""
     best = experiment((1.00, 5e12), (0.90, 9e12))
     candidate = experiment((0.93, 9e12), val_bpb=0.93)
-    assert verdict.difference(candidate, best) == pytest.approx(0.03)
-    assert verdict.difference(dataclasses.replace(candidate, status="crash"), best) is None
-    assert verdict.difference(experiment(val_bpb=0.8), experiment(val_bpb=0.9)) == pytest.approx(-0.1)
+    assert difference(candidate, best) == pytest.approx(0.03)
+    assert difference(dataclasses.replace(candidate, status="crash"), best) is None
+    assert difference(experiment(val_bpb=0.8), experiment(val_bpb=0.9)) == pytest.approx(-0.1)
