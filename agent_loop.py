@@ -155,6 +155,9 @@ class Loop:
                 experiment, why = await self.measure.measure_baseline(draft, self.slots)
             self.record(experiment, draft, why)
             await self.update_page()
+            if experiment.status == "keep" and self.researcher.reads_profiles and not slot.launcher:
+                self.say("looking at which lines the time goes, for the model", "dim")
+                await self.measure.profile(commit, slot)
         finally:
             del drafts.taken[commit]
         return True

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from pathlib import Path
 
 
 class Load:
@@ -52,14 +53,26 @@ def busy_seconds() -> dict[int, tuple[float, float]]:
     }
 
 
+def kernel_threads() -> set[int]:
+    """The process whose children are the kernel's own threads; empty where it is not to be seen, as in a container."""
+    with contextlib.suppress(OSError):
+        if Path("/proc/2/comm").read_text() == "kthreadd\n":
+            return {2}
+    return set()
+
+
 def used_elsewhere() -> dict[tuple[int, float], float]:
-    """{(pid, start): CPU seconds of it and of what it has waited for} of all processes but this one and those below."""
+    """{(pid, start): CPU seconds of it and of what it has waited for} of all processes but this one and those below.
+
+    Nor those of the kernel, which a candidate can make work by writing files.
+    """
     import psutil
 
     own = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
+    kernel = kernel_threads()
     used = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid not in own:
+            if process.pid not in own and not kernel & {process.pid, process.ppid()}:
                 used[process.pid, process.create_time()] = sum(process.cpu_times()[:4])
     return used

@@ -1,9 +1,11 @@
-"""How fast the machine multiplies matrices at this moment, as every exam and --check ask it.
+"""How fast the machine multiplies matrices at this moment, as every trial, every exam and --check ask it.
 
 Timed here, in the asking process, which then holds the GPU. What a machine should reach is for machine.py.
 """
 
 import time
+
+import numpy as np
 
 from prepare import Pause, device_fault, find_device, matmul_dtype
 
@@ -35,6 +37,21 @@ def measure_flops(seconds=1.5):
     except RuntimeError as error:
         raise (error if device.type == "cpu" else Pause(device_fault(error))) from None
     return {"device": device_name(device), "matmul_flops": 2 * size**3 / min(samples)}
+
+
+def cpu_rate(seconds=0.2):
+    """FLOP/s of the CPU in float32 products of square matrices, the best of many samples, by numpy alone.
+
+    A proctor has numpy at hand, and torch would take seconds: so it can ask right before a candidate, and right after.
+    """
+    size, samples, end = 1024, [], time.monotonic() + seconds
+    a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    a @ a  # starts the threads
+    while len(samples) < 3 or time.monotonic() < end:
+        start = time.perf_counter()
+        a @ a
+        samples.append(time.perf_counter() - start)
+    return 2 * size**3 / min(samples)
 
 
 def device_name(device):

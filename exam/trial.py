@@ -22,6 +22,7 @@ from exam.machine import machine_flops
 from exam.processes import end_processes, kill_group, message_pair, usable_cores
 from exam.result import Result, print_summary
 from exam.sandbox import examiner_rules, room_environment, sandbox_level, sandbox_rules, start_confined
+from exam.speed import cpu_rate
 from exam.syscalls import PR_SET_CHILD_SUBREAPER, prctl
 from exam.watch import Watch
 from prepare import Pause, Trouble, device_kind, has_gpu, one_line
@@ -92,7 +93,13 @@ def follow(watch, rows, at_begin):
         kill_group(watch.child)
         watch.ended = watch.ended or time.monotonic()
         watch.outcome, watch.reason = "crash", f"the machine gave way while it ran ({one_line(error, 200)})"
-    return watch.facts()
+    return cpu_rates("after") | watch.facts()
+
+
+def cpu_rates(when):
+    """{cpu_rate_<when>: FLOP/s} of a CPU that a trial has to itself; {} where trials would measure each other."""
+    alone = not has_gpu() and usable_cores() == os.cpu_count()
+    return {f"cpu_rate_{when}": cpu_rate()} if alone else {}
 
 
 def take_submission(room, out):
@@ -143,14 +150,13 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     with contextlib.ExitStack() as stack:
         stack.callback(remove, out / "room")
         room = lay_out_room(out, source, warm)
-        examiner = start_examiner()
+        before, card, examiner = cpu_rates("before"), Card(), start_examiner()
         rows = stack.enter_context(open(folder / "train.bin", "rb"))
         stack.callback(end_processes)
-        card = Card()
         child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops, shares)
         stack.callback(os.close, output)
         watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out, card, shares)
-        facts = follow(watch, rows.fileno(), keep_compiled)
+        facts = before | follow(watch, rows.fileno(), keep_compiled)
         if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
             examiner = start_examiner()
         submission, refused = take_submission(room, out) if facts["outcome"] == "ok" else (None, {})

@@ -4,7 +4,9 @@ No import runs back up this list, and none leads from here to agent_loop.py:
 
   book        Experiment, results.tsv
   curve       loss curves
-  runs        which runs compare, and what a seed does to a score: pure functions
+  profile     where the time of a training step goes, line by line
+  runs        which runs compare: pure functions
+  conditions  what seeds and the speed of the machine do to scores: pure functions
   posterior   P(better) by Bayes' rule on the scores of a night
   verdict     noise, better or not, run again or not: pure functions
   simpler     whether a change only takes code away

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lab.book import Experiment
 from lab.curve import loss_at, read_curve
+from lab.profile import read_profile
 from lab.researcher import Brief, Draft
 from lab.tag import Tag
 from lab.verdict import certainties, level, noise
@@ -36,6 +37,7 @@ def make_brief(tag: Tag, running: tuple[str, ...] = (), left: str = "") -> Brief
         certainties=sure,
         level=level(tag.experiments),
         near_misses=near_misses(tag, sure),
+        profile=read_profile(tag.profile(commit) / "log.txt", tag.text(commit)),
         curves=curves(tag, kept),
         tried=tag.tried(),
         sources={e.commit: tag.source(e.commit).decode(errors="replace") for e in kept},

@@ -27,6 +27,7 @@ class Beside(Researcher):
     def __init__(self, own: Researcher | None):
         self.own = own
         self.has_key = not own or own.has_key
+        self.reads_profiles = bool(own and own.reads_profiles)
 
     @property
     def spent(self):

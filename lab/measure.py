@@ -13,8 +13,10 @@ import statistics
 from exam.result import Result
 from lab import launch, verdict
 from lab.book import Experiment
+from lab.conditions import SEEDS
+from lab.profile import looked_on
 from lab.researcher import Draft, Say
-from lab.runs import SEEDS, disturbed, out_of_step, same_speed
+from lab.runs import disturbed, out_of_step, same_speed
 from lab.simpler import only_deletes
 from lab.slots import POLL, Running, Slot, end_all
 from lab.tag import Tag
@@ -68,6 +70,12 @@ class Measure:
                 return _finished(experiment, ruling)
             if ruling.unusual:
                 self.say(f"{ruling.reason}; running {commit} again", "yellow")
+
+    async def profile(self, commit: str, slot: Slot):
+        """Find out where the time of a training step of `commit` goes, in a short run that has no score."""
+        request = self._request(commit, 0)
+        source = looked_on(request.source, request.task.time_budget)
+        await launch.hold(dataclasses.replace(request, source=source, out=self.tag.profile(commit)), slot)
 
     async def measure_baseline(self, draft: Draft, slots: tuple[Slot, ...]) -> tuple[Experiment, str]:
         """The same of the baseline, whose runs are held side by side as far as there are slots."""

@@ -58,6 +58,8 @@ class Writer:
 class Model(Researcher):
     """A language model, behind the Messages API or a command. The memory of its drafts is their Conversation."""
 
+    reads_profiles = True
+
     def __init__(self, backend: Api | Command, say: Say):
         self.backend, self.say = backend, say
         self.has_key, self.max_cost = backend.has_key, backend.max_cost

@@ -145,6 +145,9 @@ def history(brief: Brief) -> str:
         parts.append(f"# Now\nThe best is {best.commit} with val_bpb {best.val_bpb:.6f}{level}{facts}.")
         if brief.said:
             parts.append(f"It printed at its start:\n{quoted(brief.said, 300)}")
+    if brief.profile:
+        about = "Where the time of its training goes, in a short run outside the budget:"
+        parts.append(f"{about}\n{quoted(brief.profile, 4000)}")
     if brief.running:
         result = "its result is" if len(brief.running) == 1 else "their results are"
         running = quoted("\n".join(brief.running), 3 * FLIGHT_ROOM)
@@ -193,7 +196,8 @@ def place_among(number, writers):
 NOISE = f"""Runs of equal code differ by chance: sigma, the standard deviation of one, is {{:.6f}}. P is the probability
 that a change was better than the best of its time, by all scores and by how often and how much ideas have gained.
 From {KEEP_AT:.0%} it is kept; from {IN_DOUBT[0]:.0%} to {IN_DOUBT[1]:.0%} it first runs once more. What only deletes
-code is kept where it is not worse by more than sigma.
+code is kept where it is not worse by more than sigma. What the seed, the speed of the machine and other programs on it
+do to all scores alike is taken away from them.
 """
 
 

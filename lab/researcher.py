@@ -57,6 +57,7 @@ class Brief:
     hypotheses: dict[str, str] = dataclasses.field(default_factory=dict)  # {commit: why it should help}
     origins: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)  # {commit: Draft.origin}
     failures: tuple[Failure, ...] = ()  # the last ones
+    profile: str = ""  # where the time of a step of the best goes, as lines; "" where that is not known
     ideas: tuple[str, ...] = ()  # found elsewhere, and not to be had as edits of the best train.py; a line each
 
 
@@ -103,6 +104,7 @@ class Researcher:
 
     has_key = True  # or needs none
     spent = max_cost = None  # dollars, from this start
+    reads_profiles = False  # whether it wants to know where the time of a training step goes
 
     def check(self):
         """Find out in seconds whether drafts can be had at all. Raises Trouble if a person has to mend something."""

@@ -1,9 +1,8 @@
-"""Which runs compare: those on one device at about one speed; and what a seed does to a score, which is taken away.
+"""Which runs compare: those on one device at about one speed.
 
 Pure functions of experiments and their runs.
 """
 
-import dataclasses
 import statistics
 
 from lab.book import Experiment, Run, on_cpu
@@ -11,7 +10,6 @@ from lab.book import Experiment, Run, on_cpu
 MOST_OTHERS = 0.15  # share of the device, or of the time, that a run may be disturbed more than those of the best
 SAME_PACE = 0.85  # runs of equal code agree if the shortest has this share of the steps of the longest
 SAME_SPEED = 0.85  # two runs are comparable if the slower machine reached this share of the faster one's speed
-SEEDS = 2  # the runs of a train.py have in turn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed classes: a device at about one speed. What is not known always compares.
@@ -122,36 +120,3 @@ def match(candidate, best):
         if rivals := scores_like(best, run) or faster:
             return run, rivals
     return candidate.runs[-1], []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeds: one decides the order of the data, which moves the scores of all train.pys alike
-
-
-def seed_gaps(experiments) -> list[float]:
-    """By how much scores with seed 1 are higher than those with seed 0, for each train.py that has run with both."""
-    gaps = []
-    for runs in (runs for experiment in experiments for runs in classes(experiment)):
-        first, second = ([run.measured for run in runs if run.seed == seed] for seed in range(SEEDS))
-        if first and second:
-            gaps.append(statistics.fmean(second) - statistics.fmean(first))
-    return gaps
-
-
-def seed_effect(experiments) -> float:
-    """By how much seed 1 raises the score of any train.py over the one with seed 0, in bits per byte.
-
-    The median of seed_gaps(), so that no single train.py can say so, shrunk towards zero as one more gap of zero would.
-    """
-    gaps = seed_gaps(experiments)
-    return statistics.median(gaps) * len(gaps) / (len(gaps) + 1) if gaps else 0.0
-
-
-def with_one_seed(experiment: Experiment, effect: float) -> Experiment:
-    """The experiment with its scores brought to what they would be with seed 0; effect: seed_effect()."""
-    runs = tuple(_shifted(run, effect if run.seed == 1 else 0.0) for run in experiment.runs)
-    return experiment if runs == experiment.runs else dataclasses.replace(experiment, runs=runs)
-
-
-def _shifted(run, shift):
-    return dataclasses.replace(run, val_bpb=run.measured - shift, shift=shift)

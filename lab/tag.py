@@ -15,9 +15,9 @@ from exam.files import ROOT, remove, write_atomically
 from exam.fingerprints import FROZEN, changed_since, fingerprints, verify
 from exam.result import Result
 from lab.book import Experiment, add_row, best_of, read_book, title
+from lab.conditions import effects, fair
 from lab.repository import Repository
 from lab.researcher import Draft, Failure, Say, digest
-from lab.runs import seed_effect, with_one_seed
 from prepare import Task, Trouble
 
 THROW_AWAY = """
@@ -39,7 +39,7 @@ class Tag:
         self.repository, self.name, self.say = repository, name, say
         self.branch, self.folder, self.book = f"autoresearch/{name}", ROOT / "runs" / name, ROOT / "results.tsv"
         self.task: Task | None = None
-        self.experiments: list[Experiment] = []  # with the scores of their runs brought to one seed
+        self.experiments: list[Experiment] = []  # with the scores that their runs would have under the same conditions
         self.digests: dict[str, str] = {}  # of the train.py of finished candidates
         self.settings = self._read_settings()  # {} for a new tag
 
@@ -170,11 +170,10 @@ class Tag:
                 if result.outcome == "ok":
                     experiment = experiment.after(result)
             self.experiments[place] = dataclasses.replace(experiment, base=bases.get(experiment.commit, ""))
-        self._compare_seeds()
+        self._make_fair()
 
-    def _compare_seeds(self):
-        effect = seed_effect(self.experiments)
-        self.experiments[:] = [with_one_seed(experiment, effect) for experiment in self.experiments]
+    def _make_fair(self):
+        self.experiments[:] = fair(self.experiments, effects(self.experiments))
 
     def _bases(self):
         """{commit: that of the kept experiment whose train.py it changes}, of those that git knows."""
@@ -217,6 +216,10 @@ class Tag:
     def path(self, commit, run) -> Path:
         """The folder of one run of a candidate."""
         return self.folder / commit / str(run)
+
+    def profile(self, commit) -> Path:
+        """The folder of the run that tells where the time of a candidate goes, apart from its runs."""
+        return self.folder / "profiles" / commit / "run"
 
     def result(self, commit, run) -> Result | None:
         """Of a finished run of `commit`; None where it is lost or damaged, or did not come about: it is held again.
@@ -335,7 +338,7 @@ class Tag:
         self.experiments.append(
             dataclasses.replace(experiment, base=base.commit if base and base.status == "keep" else "")
         )
-        self._compare_seeds()
+        self._make_fair()
         self.settle()
         self._clear_up(running)
 
@@ -354,7 +357,7 @@ class Tag:
         """Count one more finished run of an experiment."""
         place = next(place for place, e in enumerate(self.experiments) if e.commit == commit)
         self.experiments[place] = self.experiments[place].after(result)
-        self._compare_seeds()
+        self._make_fair()
 
     def settle(self):
         """Bring the branch and the working tree to the best train.py; other files and staged changes stay as they are.

@@ -9,6 +9,7 @@ import math
 import statistics
 
 from lab.book import Experiment
+from lab.conditions import effects, fair, seed_gaps
 from lab.posterior import Scores, level_of_best, probability_of_gain, probability_of_no_loss
 from lab.runs import (
     all_scores,
@@ -18,9 +19,6 @@ from lab.runs import (
     on_one_device,
     same_device,
     scores_like,
-    seed_effect,
-    seed_gaps,
-    with_one_seed,
 )
 
 BASELINE_RUNS = 3  # they give the first estimate of the noise
@@ -185,7 +183,7 @@ class Verdict:
 
 def judge_baseline(baseline: Experiment, greedy=False) -> Verdict:
     """It is kept, after as many runs on one device as give a first estimate of the noise."""
-    baseline = with_one_seed(baseline, seed_effect([baseline]))
+    (baseline,) = fair([baseline], effects([baseline]))
     device = statistics.mode(run.device for run in baseline.runs)
     scores = tuple(run.val_bpb for run in baseline.runs if run.device == device)
     done = len(scores) >= (1 if greedy else BASELINE_RUNS)
@@ -200,7 +198,7 @@ def judge(
     experiments: all of the tag, in order, the best among them. best_ran_again: whether the best has run for this
     candidate already. deletes: whether the candidate only deletes code, and need not be better to be kept.
     """
-    candidate = with_one_seed(candidate, seed_effect(experiments))
+    (candidate,) = fair([candidate], effects(experiments))
     scores, rivals = on_one_device(candidate, best) if greedy else comparable(candidate, best)
     if greedy and not rivals and not best_ran_again:
         return Verdict("best", f"the best has not run on {candidate.runs[-1].device} yet")
@@ -267,7 +265,7 @@ def beats_base(candidate: Experiment, base: Experiment, experiments, greedy=Fals
     To be asked for a finished candidate, kept or not, whose base is not the best any more. One that is in doubt does
     not run again for this: by tests/nights_parallel.py that is not worth its time. experiments: as for judge().
     """
-    candidate = with_one_seed(candidate, seed_effect(experiments))
+    (candidate,) = fair([candidate], effects(experiments))
     scores, rivals = on_one_device(candidate, base) if greedy else comparable(candidate, base)
     if greedy or not rivals:
         return bool(rivals) and probability_better(scores, rivals, GREEDY) > 0

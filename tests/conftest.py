@@ -214,6 +214,11 @@ END = {
 
 
 def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None, shares=1):
+    if not out.name.isdigit():  # a profile
+        (out / "log.txt").write_text('\\nprofile: [[[["main", 9]], 1]]')
+        result = Result("crash", "it ended early")
+        result.write(out / "result.json")
+        return result
     speeds, speed, end, others, steps = ROOT / "speeds", None, "", "", ""
     if speeds.exists():
         now, *later = speeds.read_text().split()

@@ -4,7 +4,9 @@ A night is 101 runs, as many as the greedy rule needs for a baseline and 100 exp
 holds fewer experiments. Scores are synthetic: a run varies by sigma, 15 % of the ideas gain between 0.0002 and 0.01
 (evenly in the logarithm), 34 % change nothing, the others lose 0.0015 on average. The greedy rule then keeps 21 changes
 of 100; in the night that upstream has published it kept 22 of 125. On a machine that is slow for a few runs now and
-then, a run at half the speed scores SLOW_LOSS worse. In the rows "deletions" one idea in five only deletes code.
+then, a run at half the speed scores SLOW_LOSS worse. In the rows "deletions" one idea in five only deletes code. In
+those of seeds, one moves the scores of all train.pys by 1.7 sigma, and each by 0.5 sigma of its own; in those of drift
+the speed of the machine moves them by 2.5 sigma: so it was on two CPU cores.
 """
 
 import collections
@@ -19,10 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lab.book import Experiment, Run  # noqa: E402
+from lab.conditions import SEEDS, effects, fair  # noqa: E402
 from lab.verdict import BASELINE_RUNS, judge  # noqa: E402
 
 RUNS = 101
 GAINS, USELESS = 0.15, 0.34  # shares of the ideas; the others do harm
+LASTS, FASTER, PROBE = 0.9, 0.06, 0.01  # of a drift: from run to run; its size, and the error of measuring it
 SLOW_LOSS, BECOMES_SLOW, RECOVERS = 0.004, 0.03, 0.3  # the last two: chance with every run
 
 
@@ -36,6 +40,9 @@ class World:
     size: float = 1.0  # of gains and losses, in those that are published
     slow: bool = False  # now and then
     deletions: float = 0.0  # share of the ideas
+    seeds: float = 0.0  # standard deviation, in sigma, of what a seed does to all train.pys
+    own: float = 0.0  # and of what it does to one alone
+    drift: float = 0.0  # and of what the speed of the machine does, which comes and goes within some ten runs
 
 
 WORLDS = {
@@ -50,6 +57,10 @@ WORLDS = {
     "all three times smaller": World(size=1 / 3),
     "all three times larger": World(size=3.0),
     "deletions": World(deletions=0.2),
+    "seeds": World(seeds=1.7, own=0.5),
+    "seeds, sigma 0.003": World(sigma=0.003, seeds=1.7, own=0.5),
+    "seeds and drift": World(seeds=1.7, own=0.5, drift=2.5),
+    "seeds and drift, sigma 0.003": World(sigma=0.003, seeds=1.7, own=0.5, drift=2.5),
     "equal code (A/A)": World(gains=0.0, useless=1.0),
 }
 
@@ -67,14 +78,25 @@ class Machine:
 
     def __init__(self, chance, world):
         self.chance, self.world, self.slow, self.left = chance, world, False, RUNS
+        self.seeds = [chance.gauss(0, world.seeds * world.sigma) for _ in range(SEEDS)]
+        self.own = {}  # {(number of an idea, seed): what that does to it alone}
+        self.drift = chance.gauss(0, 1)
 
     def run(self, experiment, level):
         """`experiment` with one more run of a train.py whose true score is `level`."""
         self.left -= 1
         if self.world.slow:
             self.slow = self.chance.random() < (1 - RECOVERS if self.slow else BECOMES_SLOW)
-        score = self.chance.gauss(level + SLOW_LOSS * self.slow, self.world.sigma)
-        return dataclasses.replace(experiment, runs=(*experiment.runs, Run(score, 0.5 if self.slow else 1.0)))
+        seed = len(experiment.runs) % SEEDS
+        own = self.own.setdefault((experiment.commit, seed), self.chance.gauss(0, self.world.own * self.world.sigma))
+        score = self.chance.gauss(level + SLOW_LOSS * self.slow, self.world.sigma) + self.seeds[seed] + own
+        pace = None
+        if self.world.drift:
+            self.drift = self.chance.gauss(LASTS * self.drift, math.sqrt(1 - LASTS**2))
+            score -= self.drift * self.world.drift * self.world.sigma
+            pace = math.exp(FASTER * self.drift + self.chance.gauss(0, PROBE))
+        run = Run(score, 0.5 if self.slow else 1.0, seed=seed, pace=pace)
+        return dataclasses.replace(experiment, runs=(*experiment.runs, run))
 
 
 @dataclasses.dataclass
@@ -89,31 +111,35 @@ class Night:
     beliefs: list = dataclasses.field(default_factory=list)  # [(P(better) at a keep, whether it is better)]
 
 
+def compared(experiments):
+    """The experiments as a tag knows them: their scores as under the same conditions."""
+    return fair(experiments, effects(experiments))
+
+
 def night(seed, world, greedy=False) -> Night:
     """One night of a rule in a world."""
     chance = random.Random(seed)
-    machine, level, found = Machine(chance, world), 0.0, Night()
-    best = Experiment("", 0.0, 0.0, "keep", "")
+    machine, level, found, at = Machine(chance, world), 0.0, Night(), 0  # at: the place of the best
+    best = Experiment("0", 0.0, 0.0, "keep", "")
     for _ in range(1 if greedy else BASELINE_RUNS):
         best = machine.run(best, level)
-    book = [best]
+    book = compared([best])
     while machine.left:
         deletes = chance.random() < world.deletions
         gain = world.size * true_gain(chance, world.gains, world.useless)
-        candidate, decision, ran_again = Experiment("", 0.0, 0.0, "", ""), "again", False
         found.experiments += 1
+        candidate, decision, ran_again = Experiment(f"{found.experiments}", 0.0, 0.0, "", ""), "again", False
         while decision in ("again", "best") and machine.left:
             if decision == "best":
-                place = book.index(best)
-                best, ran_again = machine.run(best, level), True
-                book[place] = best
+                book[at], ran_again = machine.run(book[at], level), True
+                book = compared(book)
             else:
                 candidate = machine.run(candidate, level - gain)
-            ruling = judge(candidate, best, book, greedy, ran_again, deletes)
+            ruling = judge(candidate, book[at], book, greedy, ran_again, deletes)
             decision = ruling.decision
-        book.append(dataclasses.replace(candidate, status="keep" if decision == "keep" else "discard"))
+        book = compared([*book, dataclasses.replace(candidate, status="keep" if decision == "keep" else "discard")])
         if decision == "keep":
-            level, best = level - gain, book[-1]
+            level, at = level - gain, len(book) - 1
             deleted, told = "deletes" in ruling.reason, re.search(r"P\(better\) (?:over )?(\d+)%", ruling.reason)
             found.kept, found.deleted = found.kept + 1, found.deleted + deleted
             found.false += not deleted and gain <= 0

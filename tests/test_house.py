@@ -10,21 +10,23 @@ from exam.fingerprints import FROZEN
 
 # Top to bottom: a file imports only from above itself.
 ORDER = """
-    limits files signals fingerprints text tokenizer rows speed load processes machine syscalls sandbox result
+    limits files signals fingerprints text tokenizer rows speed load card processes machine syscalls sandbox result
     reader examiner compiled watch trial check desk
 """.split()
 EXAM = [f"exam.{name}" for name in ORDER]
 OPEN_TO_LAB = {"exam.rows", "exam.fingerprints", "exam.files", "exam.result"}  # what prepares and checks data; Result
 LAB = """
-    book curve posterior verdict simpler trust repository researcher peers plumbing store exchange prompt answer api
-    command model elsewhere demo slots tag brief drafts transfer evening sharing launch measure findings picture report
-    page view news
+    book curve profile runs conditions posterior verdict simpler trust repository researcher peers plumbing store
+    exchange prompt answer api command model elsewhere demo slots tag brief drafts transfer evening sharing launch
+    measure findings picture report page view news
 """.split()
 LAB = [f"lab.{name}" for name in LAB]
 # What may be known of whom, where more is above.
 WALLS = {
     "lab.posterior": set(),
-    "lab.verdict": {"lab.book", "lab.posterior"},
+    "lab.runs": {"lab.book"},
+    "lab.conditions": {"lab.book", "lab.runs"},
+    "lab.verdict": {"lab.book", "lab.runs", "lab.conditions", "lab.posterior"},
     "lab.simpler": set(),
     "lab.trust": set(),
     "lab.model": {"lab.book", "lab.researcher", "lab.prompt", "lab.answer", "lab.api", "lab.command"},

@@ -1,0 +1,133 @@
+"""What seeds and the speed of the machine do to all scores alike: found out, and taken away."""
+
+import math
+import random
+import statistics
+
+import pytest
+
+from lab.book import Experiment, Run
+from lab.conditions import MOST_BY_SPEED, effects, fair
+from lab.verdict import judge, noise
+
+
+def experiment(commit, *scores, status="discard", paces=()):
+    """Scores of seed 0, 1, 0, ... in turn."""
+    paces = paces or [None] * len(scores)
+    runs = tuple(Run(score, 100, seed=n % 2, pace=pace) for n, (score, pace) in enumerate(zip(scores, paces)))
+    return Experiment(commit, scores[0], 0.1, status, "an idea", runs)
+
+
+BASELINE = experiment("base", 1.000, 1.020, 1.001, status="keep")
+
+
+def compared(*experiments):
+    return fair(experiments, effects(experiments))
+
+
+def test_what_a_seed_adds_to_the_scores_of_all_is_found_out_and_taken_away():
+    others = [experiment(f"c{place}", 1.01 + place / 1000, 1.03 + place / 1000) for place in range(8)]
+    assert effects([BASELINE, *others]).seed == pytest.approx(0.02 * 9 / 10)
+    assert noise(compared(BASELINE, *others))[0] < 0.002 < 0.01 < noise([BASELINE])[0]
+
+
+def test_with_few_runs_it_is_taken_for_smaller_than_it_looks():
+    assert effects([BASELINE]).seed == pytest.approx(0.0195 / 2)
+    assert effects([experiment("a", 1.0), experiment("b", 1.1)]).seed == 0
+
+
+def test_no_train_py_alone_can_say_what_a_seed_does():
+    honest = [experiment(f"c{place}", 1.0, 1.02) for place in range(4)]
+    liar = experiment("liar", 1.0, 9.0)
+    assert effects([*honest, liar]).seed < 0.02
+    candidate = experiment("next", 1.0, 1.02)
+    book = compared(BASELINE, *honest, liar)
+    assert judge(candidate, book[0], book).decision == "discard"
+
+
+def test_what_was_measured_stays_known_and_is_compared_anew_when_more_is_known():
+    first = compared(BASELINE)[0]
+    later = compared(first, *(experiment(f"c{place}", 1.0, 1.02) for place in range(8)))[0]
+    assert [run.measured for run in later.runs] == [run.val_bpb for run in BASELINE.runs]
+    assert later.runs[1].val_bpb < first.runs[1].val_bpb < 1.02
+    assert fair([later], effects([])) == [BASELINE]
+
+
+def test_a_candidate_is_compared_with_the_runs_of_the_best_as_if_both_had_one_seed():
+    book = compared(BASELINE, *(experiment(f"c{place}", 1.01, 1.03) for place in range(6)))
+    better, equal = experiment("better", 0.98, 1.0), experiment("equal", 1.0, 1.02)
+    assert judge(better, book[0], book).decision == "keep"
+    verdict = judge(equal, book[0], book)
+    assert verdict.decision == "discard" and verdict.scores[1] == pytest.approx(1.02 - effects(book).seed)
+
+
+def test_one_repeat_is_spent_on_what_the_seeds_do():
+    assert noise([BASELINE])[1] == 1 and noise([experiment("a", 1.0, 1.01)])[1] == 0
+    same = tuple(Run(score, 100) for score in (1.0, 1.01, 1.02))
+    assert noise([Experiment("b", 1.0, 0.1, "keep", "", same)])[1] == 2
+
+
+def drifting(count, slope=-0.2, ideas=lambda chance: 0.0, noise=0.002):
+    """Equal code, and so many ideas, on a machine that becomes slower and faster again."""
+    chance, book = random.Random(0), []
+    for number in range(count):
+        pace = math.exp(0.1 * math.sin(number / 5))
+        score = 1 + slope * math.log(pace) + chance.gauss(0, noise) + ideas(chance)
+        book.append(experiment(f"c{number}", score, status="discard" if number else "keep", paces=[1e11 * pace]))
+    return book
+
+
+def test_what_the_speed_of_the_machine_does_to_scores_is_found_out_and_taken_away():
+    book = drifting(40)
+    assert effects(book).speed == pytest.approx(-0.2 * 39 / 44, abs=0.01)
+    spread = [
+        max(e.runs[0].val_bpb for e in each) - min(e.runs[0].val_bpb for e in each)
+        for each in (book, fair(book, effects(book)))
+    ]
+    assert spread[1] < spread[0] / 2
+    assert fair(book, effects(book))[0] == book[0], "the first run is the measure"
+
+
+def test_ideas_that_gain_lose_or_fail_badly_do_not_change_what_the_speed_is_taken_to_do():
+    book = drifting(60, ideas=lambda chance: chance.choice((0, 0, 0, 0, -0.01, 0.02, 3.0)))
+    assert effects(book).speed == pytest.approx(-0.2, abs=0.07)
+
+
+def test_a_slower_machine_is_never_taken_to_help():
+    assert effects(drifting(40, slope=0.3)).speed == 0
+    assert effects(drifting(1)).speed == effects([BASELINE]).speed == 0
+
+
+def test_runs_on_both_sides_of_a_keep_do_not_tell_what_the_speed_does():
+    before, after = drifting(10, slope=0, noise=0), drifting(10, slope=0, noise=0)
+    gained = [
+        experiment(e.commit, e.runs[0].val_bpb - 0.1, status=e.status, paces=[2e11 + place])
+        for place, e in enumerate(after)
+    ]
+    assert effects([*before, *gained]).speed == 0
+
+
+def test_a_device_whose_speed_nobody_knows_keeps_its_scores():
+    book = drifting(20)
+    stranger = Experiment("x", 1.0, 0.1, "discard", "", (Run(1.0, 100, "another", pace=5e10),))
+    assert fair([stranger], effects(book)) == [stranger]
+
+
+def test_what_others_on_the_machine_do_to_scores_is_found_out_and_taken_away():
+    chance, book = random.Random(1), []
+    for number in range(30):
+        others = chance.choice((0.0, 0.05, 0.1))
+        run = Run(1 + others + chance.gauss(0, 0.002), 100, others=others, pace=1e11)
+        book.append(Experiment(f"c{number}", 1.0, 0.1, "discard" if number else "keep", "", (run,)))
+    assert effects(book).others == pytest.approx(29 / 34, abs=0.1)
+    assert noise_of(fair(book, effects(book))) < noise_of(book) / 3
+    on_a_card = Experiment("g", 1.0, 0.1, "discard", "", (Run(1.0, 100, "NVIDIA H100", others=0.1),))
+    assert fair([on_a_card], effects(book)) == [on_a_card]
+
+
+def noise_of(book):
+    return statistics.stdev(experiment.runs[0].val_bpb for experiment in book)
+
+
+def test_what_the_machine_can_do_to_scores_is_bounded():
+    assert effects(drifting(40, slope=-5)).speed == -MOST_BY_SPEED
