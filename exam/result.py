@@ -16,11 +16,11 @@ class Result:
     """What became of one trial, as result.json holds it; None, 0.0 or "" for what was not found out.
 
     outcome: one of COUNTED and UNCOUNTED. Times are in seconds, memory in MiB, matmul_flops in FLOP/s as the machine
-    multiplied right after the training, and the cpu_rates as numpy did before the candidate had started and once it had
-    ended; others is the share of the CPU cores' time that others had during it, gpu_others that of an NVIDIA card,
-    gpu_held_back the share of the time in which heat or the power supply held that back; leak is the largest change of
-    a loss by later tokens. host and cores: the name of the machine that held it, and on how many CPU cores. sha256:
-    {file: digest} of what decides a score.
+    multiplied right after the training, and cpu_rate as numpy did then or after the exam, whichever was more; others is
+    the share of the CPU cores' time that others had during it, gpu_others that of an NVIDIA card, gpu_held_back the
+    share of the time in which heat or the power supply held that back; leak is the largest change of a loss by later
+    tokens. host and cores: the name of the machine that held it, and on how many CPU cores. sha256: {file: digest} of
+    what decides a score.
     """
 
     outcome: str
@@ -31,8 +31,7 @@ class Result:
     eval_seconds: float = 0.0
     total_seconds: float = 0.0
     cpu_seconds: float = 0.0
-    cpu_rate_before: float | None = None
-    cpu_rate_after: float | None = None
+    cpu_rate: float | None = None
     others: float | None = None
     gpu_others: float | None = None
     gpu_held_back: float | None = None

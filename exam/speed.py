@@ -42,7 +42,7 @@ def measure_flops(seconds=1.5):
 def cpu_rate(seconds=0.2):
     """FLOP/s of the CPU in float32 products of square matrices, the best of many samples, by numpy alone.
 
-    A proctor has numpy at hand, and torch would take seconds: so it can ask right before a candidate, and right after.
+    A proctor has numpy at hand, while torch takes seconds to load: so it can ask the moment that a candidate has ended.
     """
     size, samples, end = 1024, [], time.monotonic() + seconds
     a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)

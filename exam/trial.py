@@ -93,13 +93,12 @@ def follow(watch, rows, at_begin):
         kill_group(watch.child)
         watch.ended = watch.ended or time.monotonic()
         watch.outcome, watch.reason = "crash", f"the machine gave way while it ran ({one_line(error, 200)})"
-    return cpu_rates("after") | watch.facts()
+    return watch.facts()
 
 
-def cpu_rates(when):
-    """{cpu_rate_<when>: FLOP/s} of a CPU that a trial has to itself; {} where trials would measure each other."""
-    alone = not has_gpu() and usable_cores() == os.cpu_count()
-    return {f"cpu_rate_{when}": cpu_rate()} if alone else {}
+def free_cpu_rates():
+    """[FLOP/s] of a CPU that a trial has to itself; [] where trials would measure each other."""
+    return [] if has_gpu() or usable_cores() < os.cpu_count() else [cpu_rate()]
 
 
 def take_submission(room, out):
@@ -150,17 +149,19 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     with contextlib.ExitStack() as stack:
         stack.callback(remove, out / "room")
         room = lay_out_room(out, source, warm)
-        before, card, examiner = cpu_rates("before"), Card(), start_examiner()
+        card, examiner = Card(), start_examiner()
         rows = stack.enter_context(open(folder / "train.bin", "rb"))
         stack.callback(end_processes)
         child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops, shares)
         stack.callback(os.close, output)
         watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out, card, shares)
-        facts = before | follow(watch, rows.fileno(), keep_compiled)
+        facts, rates = follow(watch, rows.fileno(), keep_compiled), free_cpu_rates()
         if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
             examiner = start_examiner()
         submission, refused = take_submission(room, out) if facts["outcome"] == "ok" else (None, {})
+        remove(room)  # what is written to disk on its behalf ends with it
         facts |= refused | finish_exam(examiner, submission, task, verify(task), beat)
+        facts["cpu_rate"] = max(rates + free_cpu_rates(), default=None)
     if facts["outcome"] != "ok" and memory_errors() > errors:
         raise Pause("the GPU's memory made errors in the trial (nvidia-smi -q -d ECC); a reset or a restart may help")
     if fingerprints(task) != known:

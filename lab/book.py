@@ -22,7 +22,7 @@ class Run:
     others: float | None = None  # share of the device that others had during training; None where not known
     held_back: float | None = None  # share of that time in which heat or the power supply held a GPU back
     seed: int = 0
-    pace: float | None = None  # how fast the CPU was around it, FLOP/s; None where not known
+    pace: float | None = None  # how fast the CPU was after it, FLOP/s; None where not known
     shift: float = 0.0  # what val_bpb has lost of `measured`, so that it compares; see lab/conditions.py
 
     @property
@@ -52,9 +52,8 @@ class Experiment:
         """The experiment with one more finished run, a Result."""
         speed, device = result.matmul_flops, result.device or ""
         others = result.others if on_cpu(device) else result.gpu_others
-        # The better one of two: what a candidate leaves behind may slow the machine down, and nothing makes it faster.
-        pace = max(filter(None, (result.cpu_rate_before, result.cpu_rate_after)), default=None)
-        run = Run(result.val_bpb, speed, device, result.steps, others, result.gpu_held_back, result.seed, pace)
+        held_back, pace = result.gpu_held_back, result.cpu_rate
+        run = Run(result.val_bpb, speed, device, result.steps, others, held_back, result.seed, pace)
         memory = max(self.memory_gb, result.memory_gb)
         return dataclasses.replace(self, memory_gb=memory, runs=(*self.runs, run))
 

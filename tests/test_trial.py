@@ -68,6 +68,22 @@ def test_what_others_have_of_the_cpu_during_the_training_stands_in_the_record(re
     assert 0.05 < Result.read(repository / "out" / "result.json").others <= 1
 
 
+def test_the_speed_of_a_cpu_that_a_trial_has_to_itself_stands_in_the_record(repository, run):
+    command = [sys.executable, "prepare.py", "trial", "train.py", "--task", "tiny", "--out"]
+    assert run(*command, "alone", cwd=repository).returncode == 0
+    assert Result.read(repository / "alone" / "result.json").cpu_rate > 1e8
+    if os.cpu_count() > 1:  # where trials divide the cores they would measure each other
+        assert run(*command, "divided", "--cpus", "0", cwd=repository).returncode == 0
+        assert Result.read(repository / "divided" / "result.json").cpu_rate is None
+
+
+@pytest.mark.skipif(not load.kernel_threads(), reason="the kernel's own threads are not to be seen here")
+def test_the_threads_of_the_kernel_are_none_of_the_others():
+    """A candidate that writes files makes them work, and would seem disturbed."""
+    pids = {pid for pid, _ in load.used_elsewhere()}
+    assert not pids & {process.pid for process in psutil.Process(2).children()} and 1 in pids
+
+
 @pytest.mark.parametrize(
     "spent, used, others",
     [
