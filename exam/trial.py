@@ -96,7 +96,7 @@ def follow(watch, rows, at_begin):
     return watch.facts()
 
 
-def free_cpu_rates():
+def cpu_rates():
     """[FLOP/s] of a CPU that a trial has to itself; [] where trials would measure each other."""
     return [] if has_gpu() or usable_cores() < os.cpu_count() else [cpu_rate()]
 
@@ -127,8 +127,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     Raises Trouble or OSError, with nothing started, where data or disk are not fit, Pause for a fault of the machine.
     """
     folder, flops, begun = verify(task), flops or machine_flops(), time.monotonic()
-    errors, known = memory_errors(), fingerprints(task)
-    source = Path(train_py).resolve().read_bytes()
+    errors, known, source = memory_errors(), fingerprints(task), Path(train_py).resolve().read_bytes()
     level = sandbox_level() if sandbox else "none"
     hidden = read_meta(task).get("hidden_folders", [])
 
@@ -155,19 +154,18 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
         child, channel, output = start_candidate(room, rules([], [room]), task, seed, flops, shares)
         stack.callback(os.close, output)
         watch = Watch(child, examiner.process, stack.enter_context(channel), output, task, out, card, shares)
-        facts, rates = follow(watch, rows.fileno(), keep_compiled), free_cpu_rates()
+        facts, rates = follow(watch, rows.fileno(), keep_compiled), cpu_rates()
         if examiner.process.poll() is not None:  # where memory ran out, the kernel may have ended it as well
             examiner = start_examiner()
         submission, refused = take_submission(room, out) if facts["outcome"] == "ok" else (None, {})
         remove(room)  # what is written to disk on its behalf ends with it
         facts |= refused | finish_exam(examiner, submission, task, verify(task), beat)
-        facts["cpu_rate"] = max(rates + free_cpu_rates(), default=None)
     if facts["outcome"] != "ok" and memory_errors() > errors:
         raise Pause("the GPU's memory made errors in the trial (nvidia-smi -q -d ECC); a reset or a restart may help")
     if fingerprints(task) != known:
         raise Trouble("prepare.py, exam/ or the data have changed during the trial; restore them, and hold it again")
-    facts |= {"total_seconds": round(time.monotonic() - begun, 3), **place()}
-    facts |= {"task": task.name, "budget": task.time_budget, "seed": seed, "sandbox": level}
+    facts |= {"total_seconds": round(time.monotonic() - begun, 3), "cpu_rate": max(rates + cpu_rates(), default=None)}
+    facts |= {"task": task.name, "budget": task.time_budget, "seed": seed, "sandbox": level, **place()}
     result = Result(**facts, sha256={"train.py": hashlib.sha256(source).hexdigest(), **known})
     result.write(out / "result.json")
     return result

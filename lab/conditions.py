@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from lab.book import Experiment, Run, on_cpu
-from lab.runs import classes, same_device
+from lab.runs import MOST_OTHERS, classes, same_device
 
 SEEDS = 2  # that the runs of a train.py have in turn
 RECENT = 40  # last runs of a stretch of the night between two keeps whose speeds are compared
@@ -39,6 +39,11 @@ class Effects(NamedTuple):
         by_speed = self.speed * math.log(run.pace / usual) if run.pace and usual else 0.0
         return by_speed + self.others * (run.others or 0.0) * on_cpu(run.device)
 
+    @property
+    def most(self) -> float:
+        """What they add at most to the score of a run that is compared with others."""
+        return max(0.0, self.seed) - self.speed * math.log(2) + self.others * 2 * MOST_OTHERS
+
 
 def effects(experiments: list[Experiment]) -> Effects:
     """What the conditions have done to the scores of a tag, by all its experiments in order."""
@@ -50,8 +55,8 @@ def effects(experiments: list[Experiment]) -> Effects:
     known = Effects(usual=usual)
     known = known._replace(speed=within(-MOST_BY_SPEED, slope(runs, lambda run: math.log(run.pace), known), 0.0))
     known = known._replace(others=within(0.0, slope(runs, lambda run: run.others or 0.0, known), MOST_BY_OTHERS))
-    gaps = seed_gaps(experiments, known)
-    return known._replace(seed=statistics.median(gaps) * len(gaps) / (len(gaps) + 1)) if gaps else known
+    gaps = seed_gaps(experiments, known)  # a single one may be noise alone
+    return known._replace(seed=statistics.median(gaps) * (len(gaps) - 1) / len(gaps)) if gaps else known
 
 
 def fair(experiments: Iterable[Experiment], known: Effects) -> list[Experiment]:
@@ -88,14 +93,14 @@ def seed_gaps(experiments: list[Experiment], known=Effects()) -> list[float]:  #
     return gaps
 
 
-def slope(stretches: list[list[Run]], cause: Callable[[Run], float], known: Effects) -> float:
-    """What one of `cause` adds to a score, freed of the effects that are known already.
+def slope(told: list[list[Run]], cause: Callable[[Run], float], known: Effects) -> float:
+    """What one of `cause` adds to a score, by stretches(), freed of the effects that are known already.
 
     Between two keeps most ideas do little, so the slope between two of their runs is the machine's, but for noise; the
     median of those of all pairs, each with the weight of the difference of their causes (Theil and Sen), stands that.
     """
     slopes, count = [], 0
-    for runs in stretches:
+    for runs in told:
         count += len(runs) - 1
         points = [(cause(run), run.measured - known.shift_of_machine(run)) for run in runs]
         for (x, y), (other_x, other_y) in itertools.combinations(points, 2):

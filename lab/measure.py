@@ -238,14 +238,14 @@ class Measure:
 
     def _request(self, commit, run):
         tag = self.tag
-        best, start = tag.best, tag.settings["start"]
+        start = tag.settings["start"]
         return launch.Request(
             source=tag.repository.source(f"refs/autoresearch/{tag.name}/{commit}"),
             out=tag.path(commit, run),
             task=tag.task,
             seed=run % SEEDS,
             flops=tag.settings["flops"],
-            beat=max([each.measured for each in best.runs] or [best.val_bpb]) if best else None,
+            beat=verdict.hopeless(tag.experiments),
             # To compile takes a GPU a minute. But what a candidate has compiled is a folder of code, in which it could
             # tell the next trial something: so it is the baseline's.
             warm=None if not tag.result(start, 0) or (commit, run) == (start, 0) else tag.path(start, 0),

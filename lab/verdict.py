@@ -9,7 +9,7 @@ import math
 import statistics
 
 from lab.book import Experiment
-from lab.conditions import effects, fair, seed_gaps
+from lab.conditions import Effects, effects, fair, seed_gaps
 from lab.posterior import Scores, level_of_best, probability_of_gain, probability_of_no_loss
 from lab.runs import (
     all_scores,
@@ -56,7 +56,7 @@ def noise(experiments):
     """
     calm = steady(experiments)
     squares, freedom = scatter([scores for e in calm for scores in groups(e)])
-    freedom -= bool(seed_gaps(calm))
+    freedom -= len(seed_gaps(calm)) > 1
     return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
 
 
@@ -113,7 +113,7 @@ def past(experiments: list[Experiment], best: Experiment, candidate: Experiment)
     calm = {id(each) for each in steady(experiments)}
     noises = [scatter(groups(each)) for each in experiments[:start] if each not in older and id(each) in calm]
     told, base = [Scores(0.0, 0, *map(sum, zip(*noises)))] if noises else [], ""
-    if seed_gaps([each for each in experiments if id(each) in calm]):
+    if len(seed_gaps([each for each in experiments if id(each) in calm])) > 1:
         told.append(Scores(0.0, 0, 0.0, -1))  # the repeat that is spent on what a seed does
     for each in [*older, *experiments[start:]]:
         scores = rivals if each is best else scores_like(each, last) if last else all_scores(each)
@@ -198,7 +198,10 @@ def judge(
     experiments: all of the tag, in order, the best among them. best_ran_again: whether the best has run for this
     candidate already. deletes: whether the candidate only deletes code, and need not be better to be kept.
     """
-    (candidate,) = fair([candidate], effects(experiments))
+    if greedy:  # it takes scores as they were measured
+        candidate, best = fair([candidate, best], Effects())
+    else:
+        (candidate,) = fair([candidate], effects(experiments))
     scores, rivals = on_one_device(candidate, best) if greedy else comparable(candidate, best)
     if greedy and not rivals and not best_ran_again:
         return Verdict("best", f"the best has not run on {candidate.runs[-1].device} yet")
@@ -217,6 +220,19 @@ def judge(
     if decision != "keep" and not greedy and (remedy := _remedy(candidate, best, best_ran_again)):
         return remedy
     return Verdict(decision, reason, tuple(scores))
+
+
+def hopeless(experiments: list[Experiment]) -> float | None:
+    """val_bpb, as measured, from which on no candidate is kept, whatever its conditions; None where there is no best.
+
+    That of the best by its own scores or by all, with room for what may be forgiven: noise, and a deletion's loss.
+    """
+    best = next((each for each in reversed(experiments) if each.status == "keep"), None)
+    if not best:
+        return None
+    sigma = noise(experiments)[0]
+    room = effects(experiments).most + (4 * MARGIN * sigma if sigma > 0 else 0.0)
+    return max(filter(None, [*all_scores(best), level(experiments)])) + room
 
 
 def decide(history: tuple[Scores, ...], candidate: Scores, deletes=False) -> tuple[str, str]:
@@ -265,7 +281,10 @@ def beats_base(candidate: Experiment, base: Experiment, experiments, greedy=Fals
     To be asked for a finished candidate, kept or not, whose base is not the best any more. One that is in doubt does
     not run again for this: by tests/nights_parallel.py that is not worth its time. experiments: as for judge().
     """
-    (candidate,) = fair([candidate], effects(experiments))
+    if greedy:
+        candidate, base = fair([candidate, base], Effects())
+    else:
+        (candidate,) = fair([candidate], effects(experiments))
     scores, rivals = on_one_device(candidate, base) if greedy else comparable(candidate, base)
     if greedy or not rivals:
         return bool(rivals) and probability_better(scores, rivals, GREEDY) > 0
