@@ -9,7 +9,7 @@ from conftest import TINY
 from exam.trial import trial
 from lab.profile import MARK, looked_on, read_profile
 
-SLOW = "time.sleep(0.02)"
+SLOW = "time.sleep(0.2)"
 
 
 def test_the_lines_on_which_the_time_goes_are_told_with_their_shares(candidate, tmp_path):
