@@ -10,6 +10,7 @@ import itertools
 import shutil
 import statistics
 
+from exam.files import remove
 from exam.result import Result
 from lab import launch, verdict
 from lab.book import Experiment
@@ -75,7 +76,12 @@ class Measure:
         """Find out where the time of a training step of `commit` goes, in a short run that has no score."""
         request = self._request(commit, 0)
         source = looked_on(request.source, request.task.time_budget)
-        await launch.hold(dataclasses.replace(request, source=source, out=self.tag.profile(commit)), slot)
+        out = self.tag.profile(commit)
+        try:
+            await launch.hold(dataclasses.replace(request, source=source, out=out), slot)
+        finally:  # of use is only what it has printed
+            for left in ("compiled", "model.safetensors", "room"):
+                remove(out / left)
 
     async def measure_baseline(self, draft: Draft, slots: tuple[Slot, ...]) -> tuple[Experiment, str]:
         """The same of the baseline, whose runs are held side by side as far as there are slots."""

@@ -216,6 +216,7 @@ END = {
 def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=None, shares=1):
     if not out.name.isdigit():  # a profile
         (out / "log.txt").write_text('\\nprofile: [[[["main", 9]], 1]]')
+        (out / "compiled").mkdir()
         result = Result("crash", "it ended early")
         result.write(out / "result.json")
         return result
