@@ -92,6 +92,8 @@ class Tag:
             values = task.name, task.time_budget, start, flops, fingerprints(task)
             self.settings = dict(zip(SETTINGS, values))
             write_atomically(self.folder / "meta.json", json.dumps(self.settings, indent=1) + "\n")
+        for left in self.folder.glob("profiles/*/run/room"):  # of one that was cut off by a power cut
+            remove(left)
         self._load()
         kept = {e.commit for e in self.experiments if e.status == "keep"}
         if self.experiments and self.settings["start"] not in kept:
