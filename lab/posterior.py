@@ -16,7 +16,7 @@ A score then does three things, all of them by the same rule, share times likeli
 3. It says how often ideas gain, and how much, on this machine: the night starts from as many imagined ideas as IDEAS
    counts of each kind, and every experiment adds one, in parts, to the kinds that it may be of.
 
-Sigma itself is not known, with three runs of a baseline hardly at all. So the night is gone through once for each of
+Sigma itself is not known, with four runs of a baseline hardly at all. So the night is gone through once for each of
 some values of sigma, and each counts by how well it explains all the scores there are.
 """
 

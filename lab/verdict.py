@@ -21,7 +21,7 @@ from lab.runs import (
     scores_like,
 )
 
-BASELINE_RUNS = 3  # they give the first estimate of the noise
+BASELINE_RUNS = 4  # each seed twice; they give the first estimates of the noise and of what the seed does
 MAX_RUNS = 2  # of one candidate
 KEEP_AT = 0.55  # P(better) from which a candidate is kept; this and the next two lines are chosen by tests/nights.py
 IN_DOUBT = 0.35, 0.70  # P(better) between which a candidate runs once more
@@ -198,11 +198,7 @@ def judge(
     experiments: all of the tag, in order, the best among them. best_ran_again: whether the best has run for this
     candidate already. deletes: whether the candidate only deletes code, and need not be better to be kept.
     """
-    if greedy:  # it takes scores as they were measured
-        candidate, best = fair([candidate, best], Effects())
-    else:
-        (candidate,) = fair([candidate], effects(experiments))
-    scores, rivals = on_one_device(candidate, best) if greedy else comparable(candidate, best)
+    candidate, scores, rivals = _compared(candidate, best, experiments, greedy)
     if greedy and not rivals and not best_ran_again:
         return Verdict("best", f"the best has not run on {candidate.runs[-1].device} yet")
     if not greedy and len(candidate.runs) > MAX_RUNS:
@@ -220,6 +216,15 @@ def judge(
     if decision != "keep" and not greedy and (remedy := _remedy(candidate, best, best_ran_again)):
         return remedy
     return Verdict(decision, reason, tuple(scores))
+
+
+def _compared(candidate, other, experiments, greedy):
+    """(the candidate, its scores, those of the other) that compare; for the greedy as they were measured."""
+    if greedy:
+        candidate, other = fair([candidate, other], Effects())
+        return candidate, *on_one_device(candidate, other)
+    (candidate,) = fair([candidate], effects(experiments))
+    return candidate, *comparable(candidate, other)
 
 
 def hopeless(experiments: list[Experiment]) -> float | None:
@@ -281,11 +286,7 @@ def beats_base(candidate: Experiment, base: Experiment, experiments, greedy=Fals
     To be asked for a finished candidate, kept or not, whose base is not the best any more. One that is in doubt does
     not run again for this: by tests/nights_parallel.py that is not worth its time. experiments: as for judge().
     """
-    if greedy:
-        candidate, base = fair([candidate, base], Effects())
-    else:
-        (candidate,) = fair([candidate], effects(experiments))
-    scores, rivals = on_one_device(candidate, base) if greedy else comparable(candidate, base)
+    candidate, scores, rivals = _compared(candidate, base, experiments, greedy)
     if greedy or not rivals:
         return bool(rivals) and probability_better(scores, rivals, GREEDY) > 0
     if base.status != "keep":  # an owner's commit on top of what was let go
