@@ -148,11 +148,12 @@ class Loop:
             if draft.hypothesis:
                 self.say(f"        because: {title(draft.hypothesis)}", "dim")
             left = math.inf if self.most is None else self.most + 1 - len(tag.experiments) - drafts.begun
-            drafts.think_ahead(len(self.slots), left)
+            think_ahead = functools.partial(drafts.think_ahead, len(self.slots), left)
             if tag.experiments:
+                think_ahead()
                 experiment, why = await self.measure.measure(commit, draft, slot)
             else:
-                experiment, why = await self.measure.measure_baseline(draft, self.slots)
+                experiment, why = await self.measure.measure_baseline(draft, self.slots, think_ahead)
             self.record(experiment, draft, why)
             await self.update_page()
             if experiment.status == "keep" and self.researcher.reads_profiles and not slot.launcher:

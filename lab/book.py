@@ -23,6 +23,7 @@ class Run:
     held_back: float | None = None  # share of that time in which heat or the power supply held a GPU back
     seed: int = 0
     pace: float | None = None  # how fast the CPU was after it, FLOP/s; None where not known
+    tokens: float | None = None  # of training, by its own word
     shift: float = 0.0  # what val_bpb has lost of `measured`, so that it compares; see lab/conditions.py
 
     @property
@@ -53,7 +54,7 @@ class Experiment:
         speed, device = result.matmul_flops, result.device or ""
         others = result.others if on_cpu(device) else result.gpu_others
         held_back, pace = result.gpu_held_back, result.cpu_rate
-        run = Run(result.val_bpb, speed, device, result.steps, others, held_back, result.seed, pace)
+        run = Run(result.val_bpb, speed, device, result.steps, others, held_back, result.seed, pace, result.tokens)
         memory = max(self.memory_gb, result.memory_gb)
         return dataclasses.replace(self, memory_gb=memory, runs=(*self.runs, run))
 

@@ -12,7 +12,7 @@ from lab.tag import Tag
 from lab.verdict import certainties, level, noise
 from prepare import Trouble, one_line
 
-CURVES = 3  # of the last experiments that are told, besides those of the best and of what it was made from
+CURVES = 8  # of the last experiments that are told, besides those of the baseline, the best and the one before it
 MISSES, NEAR_AT = 8, 0.10  # near misses that may be taken up again, at most; P(better) that makes one
 WEIGHED = 40  # last experiments of which P(better) is told
 POINTS = 10  # of a curve, over the budget
@@ -32,8 +32,8 @@ def make_brief(tag: Tag, running: tuple[str, ...] = (), left: str = "") -> Brief
         sigma=sigma if sigma > 0 else None,
         running=running,
         left=left,
-        facts=facts(tag, commit) if kept else "",
-        said=opening(tag.path(commit, 0) / "log.txt") if kept else "",
+        facts=facts(tag, commit),
+        said=opening(tag.path(commit, 0) / "log.txt"),
         certainties=sure,
         level=level(tag.experiments),
         near_misses=near_misses(tag, sure),
@@ -96,9 +96,10 @@ def opening(log: Path) -> str:
 def curves(tag: Tag, kept: list[Experiment]) -> dict[str, tuple[float, ...]]:
     """{commit: training loss at tenths of the budget, in their first runs, which all have one seed}.
 
-    Of the last experiments, of the best and of the one before it, as far as their logs are there.
+    Of the baseline, the best, the one before it and the last experiments, as far as their logs are there.
     """
-    chosen = [e.commit for e in [*kept[-2:], *[e for e in tag.experiments if e.status != "crash"][-CURVES:]]]
+    last = [*kept[-2:], *[e for e in tag.experiments if e.status != "crash"][-CURVES:]]
+    chosen = [tag.settings["start"], *(e.commit for e in last)]
     budget, told = tag.task.time_budget, {}
     for commit in dict.fromkeys(chosen):
         curve = read_curve(tag.path(commit, 0) / "metrics.jsonl", 2**22)

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import shutil
 import statistics
+from collections.abc import Callable
 
 from exam.files import remove
 from exam.result import Result
@@ -83,13 +84,20 @@ class Measure:
             for left in ("compiled", "model.safetensors", "room"):
                 remove(out / left)
 
-    async def measure_baseline(self, draft: Draft, slots: tuple[Slot, ...]) -> tuple[Experiment, str]:
-        """The same of the baseline, whose runs are held side by side as far as there are slots."""
+    async def measure_baseline(
+        self, draft: Draft, slots: tuple[Slot, ...], think_ahead: Callable[[], None]
+    ) -> tuple[Experiment, str]:
+        """The same of the baseline, whose runs are held side by side as far as there are slots.
+
+        think_ahead: called as soon as its first run tells what to think about, or else there would be no time for it.
+        """
         start = self.tag.settings["start"]
         experiment, held = Experiment(start, 0.0, 0.0, "crash", draft.description), 0
         wanted = 1 if self.greedy else verdict.BASELINE_RUNS
         if not self.greedy and not self.tag.results(start):
             self.say(f"it runs {wanted} times, since the scores of equal code differ: by how much?")
+        if len(slots) >= wanted:
+            think_ahead()
         while True:
             runs = range(held, max(held + 1, min(wanted, held + len(slots))))
             for result in await _side_by_side(
@@ -102,6 +110,7 @@ class Measure:
                     raise Trouble(f"{reason}; mend train.py or the machine, start again")
                 experiment = experiment.after(result)
             held = runs.stop
+            think_ahead()
             if held >= wanted and self._disagree(start, experiment.runs):
                 experiment, held = dataclasses.replace(experiment, runs=()), 0
                 continue

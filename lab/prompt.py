@@ -13,7 +13,8 @@ import prepare
 from exam.files import ROOT
 from lab.book import STATUSES, best_of
 from lab.researcher import Brief, Failure
-from lab.runs import changes
+from lab.runs import all_scores, changes, comparable
+from lab.simpler import only_deletes
 from lab.verdict import IN_DOUBT, KEEP_AT, percent
 from prepare import one_line
 
@@ -139,12 +140,9 @@ def history(brief: Brief) -> str:
         parts.append(f"{about}\n{quoted(lines, 3 * CURVES_ROOM)}")
     if told := newest([failure_in_words(failure, 800) for failure in brief.failures], FAILURES_ROOM):
         parts.append("# The last failures\n" + "\n".join(told))
-    if best := best_of(brief.experiments):
-        facts = f" ({brief.facts})" * bool(brief.facts)
-        level = "" if brief.level is None else f", by the scores of all {brief.level:.6f}"
-        parts.append(f"# Now\nThe best is {best.commit} with val_bpb {best.val_bpb:.6f}{level}{facts}.")
-        if brief.said:
-            parts.append(f"It printed at its start:\n{quoted(brief.said, 300)}")
+    parts.append(f"# Now\n{now(brief)}")
+    if brief.said:
+        parts.append(f"It printed at its start:\n{quoted(brief.said, 300)}")
     if brief.profile:
         about = "Where the time of its training goes, in a short run outside the budget:"
         parts.append(f"{about}\n{quoted(brief.profile, 4000)}")
@@ -181,6 +179,15 @@ def history(brief: Brief) -> str:
     return "\n\n".join([*parts, *place_among(*brief.writer), "Propose the next experiment."])
 
 
+def now(brief):
+    """The best and its machine, in a sentence."""
+    facts = f" ({brief.facts})" * bool(brief.facts)
+    if not (best := best_of(brief.experiments)):
+        return f"The baseline, the train.py above, is being measured{facts}."
+    level = "" if brief.level is None else f", and is expected at {brief.level:.6f} by the scores of all"
+    return f"The best is {best.commit}. It scored {statistics.fmean(all_scores(best)):.6f}{level}{facts}."
+
+
 def place_among(number, writers):
     """What makes one of several writers differ from the others, whom it does not know; nothing for the only one."""
     if writers > 1:
@@ -197,37 +204,50 @@ NOISE = f"""Runs of equal code differ by chance: sigma, the standard deviation o
 that a change was better than the best of its time, by all scores and by how often and how much ideas have gained.
 From {KEEP_AT:.0%} it is kept; from {IN_DOUBT[0]:.0%} to {IN_DOUBT[1]:.0%} it first runs once more. What only deletes
 code is kept where it is not worse by more than sigma. What the seed, the speed of the machine and other programs on it
-do to all scores alike is taken away from them.
+do to all scores alike is taken away from them, by all that is known now, so they may differ from those told earlier.
+While few runs tell sigma, it may be larger, so a large lead can have a small P.
 """
 
 
 def rows(brief):
     """The results, a line each: with the hypotheses for the last ones, and the oldest left out where there are many."""
-    short, full = [], []
+    short, full, best = [], [], None
     for e, change in changes(brief.experiments):
+        score = statistics.fmean(comparable(e, best)[0] if best and e.status != "crash" else all_scores(e))
         gain, why = "-" if change is None else f"{-change:+.6f}", brief.hypotheses.get(e.commit)
-        sure = f" P {percent(brief.certainties[e.commit])}" if e.commit in brief.certainties else ""
-        foretold = brief.origins.get(e.commit, {}).get("Expects")
-        sure += f" expected {foretold}" if foretold else ""
-        short.append(f"{e.commit} {e.status} {e.val_bpb:.6f} {gain}{sure}{of_runs(e)} {e.description}")
+        short.append(f"{e.commit} {e.status} {score:.6f} {gain}{certainty(brief, e)}{of_runs(e)} {e.description}")
         full.append(short[-1] + (f"\n    why: {one_line(why, 1000)}" if why else ""))
+        best = e if e.status == "keep" else best
     full = newest(full, ROWS_ROOM / 2)
     short = newest(short[: len(short) - len(full)], ROWS_ROOM / 2)
     left = brief.experiments[: len(brief.experiments) - len(short) - len(full)]
     counts = ", ".join(f"{sum(e.status == status for e in left)} {status}" for status in STATUSES)
     return (
         "# Results, oldest first: commit, status, val_bpb, gain over the best then (positive is better), P, what it "
-        "was expected to gain, steps and scores of its runs, description\n"
+        "was expected to gain, steps, tokens and scores of its runs, description\n"
         + (NOISE.format(brief.sigma) if brief.sigma else "")
         + (f"{len(left)} older ones are left out: {counts}.\n" if left else "")
         + quoted("\n".join([*short, *full] or ["none yet"]), 4 * ROWS_ROOM)
     )
 
 
+def certainty(brief, experiment):
+    """P(better) of an experiment, and what its author expected of it, as they stand in its row."""
+    sure, told = brief.certainties.get(experiment.commit), ""
+    if sure is not None:
+        new, old = (brief.sources.get(commit, "").encode() for commit in (experiment.commit, experiment.base))
+        deletes = experiment.status == "keep" and sure < KEEP_AT and old and only_deletes(new, old)
+        told = f" P {percent(sure)}" + ", kept since it only deletes code" * bool(deletes)
+    foretold = brief.origins.get(experiment.commit, {}).get("Expects")
+    return told + (f" expected {foretold}" if foretold else "")
+
+
 def of_runs(experiment):
-    """Steps of an experiment's training and the scores of its runs, as they stand in its row."""
+    """Steps and tokens of an experiment's training and the scores of its runs, as they stand in its row."""
     steps = [run.steps for run in experiment.runs if run.steps]
+    tokens = [run.tokens for run in experiment.runs if run.tokens]
     told = [f"{statistics.fmean(steps):.0f} steps"] if steps else []
+    told += [f"{statistics.fmean(tokens) / 1e6:.3g}M tokens"] if tokens else []
     if len(experiment.runs) > 1:
         told.append(", ".join(f"{run.val_bpb:.4f}" for run in experiment.runs))
     return f" ({'; '.join(told)})" if told else ""

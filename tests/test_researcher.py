@@ -975,13 +975,23 @@ def test_the_history_is_exact_and_asks_for_another_kind_of_idea_after_five_failu
 
 
 def test_the_history_tells_steps_scores_curves_and_what_is_left():
-    runs = Run(1.01, None, "", 700.0), Run(1.03, None, "", 740.0)
+    runs = Run(1.01, None, "", 700.0, tokens=1e6), Run(1.03, None, "", 740.0, tokens=1.1e6)
     first = dataclasses.replace(BRIEF.experiments[0], runs=runs)
     more = {"left": "3 experiments and 1.5 hours", "said": "depth </data-1> 2", "curves": {"abc1234": (6.0, 5.25)}}
     told = prompt.history(dataclasses.replace(BRIEF, experiments=(first,), **more))
-    assert "abc1234 keep 1.000000 - (720 steps; 1.0100, 1.0300) baseline" in told
+    assert "abc1234 keep 1.020000 - (720 steps; 1.05M tokens; 1.0100, 1.0300) baseline" in told
     assert "What is left of this run: 3 experiments and 1.5 hours." in told
     assert prompt.quoted("abc1234 6.000 5.250") in told and prompt.quoted("depth </data-1> 2") in told
+
+
+def test_the_history_says_why_a_change_of_small_probability_was_kept():
+    lost = Experiment("def", 1.001, 0.1, "keep", "less", base="abc1234")
+    book = [Experiment("abc1234", 1.0, 0.1, "keep", "baseline"), lost]
+    sources = {"abc1234": "a = 1\nb = 2\n", "def": "a = 1\n"}
+    brief = dataclasses.replace(BRIEF, experiments=tuple(book), certainties={"def": 0.2}, sources=sources)
+    assert "-0.001000 P 20%, kept since it only deletes code less" in prompt.history(brief)
+    longer = dataclasses.replace(brief, sources=sources | {"def": "a = 1\nb = 2\nc = 3\n"})
+    assert "-0.001000 P 20% less" in prompt.history(longer)
 
 
 def test_a_brief_knows_the_machine_the_sizes_and_the_curves_at_one_seed(stage):
@@ -993,7 +1003,8 @@ def test_a_brief_knows_the_machine_the_sizes_and_the_curves_at_one_seed(stage):
     ended = subprocess.run(command, cwd=stage, capture_output=True, text=True, env=os.environ | model.environment())
     model.close()
     assert ended.returncode == 0, ended.stderr
-    asked = model.requests[-1]["messages"][0]["content"][0]["text"]
+    first, *_, asked = (request["messages"][0]["content"][0]["text"] for request in model.requests)
+    assert "is being measured (" in first and "steps 9" in first and "\ndepth 2\n" in first, "after its first run"
     assert "It printed at its start:" in asked and "\ndepth 2\n" in asked and " experiment" in asked
     assert "What is left of this run: " in asked and "steps 9" in asked and re.search(r"torch \d", asked)
 
