@@ -203,9 +203,9 @@ def place_among(number, writers):
 NOISE = f"""Runs of equal code differ by chance: sigma, the standard deviation of one, is {{:.6f}}. P is the probability
 that a change was better than the best of its time, by all scores and by how often and how much ideas have gained.
 From {KEEP_AT:.0%} it is kept; from {IN_DOUBT[0]:.0%} to {IN_DOUBT[1]:.0%} it first runs once more. What only deletes
-code is kept where it is not worse by more than sigma. What the seed, the speed of the machine and other programs on it
-do to all scores alike is taken away from them, by all that is known now, so they may differ from those told earlier.
-While few runs tell sigma, it may be larger, so a large lead can have a small P.
+code is kept where it is not worse by more than half a sigma. What the seed, the speed of the machine and other programs
+on it do to all scores alike is taken away from them, by all that is known now, so they may differ from those told
+earlier. While few runs tell sigma, it may be larger, so a large lead can have a small P.
 """
 
 

@@ -25,8 +25,9 @@ BASELINE_RUNS = 4  # each seed twice; they give the first estimates of the noise
 MAX_RUNS = 2  # of one candidate
 KEEP_AT = 0.55  # P(better) from which a candidate is kept; this and the next two lines are chosen by tests/nights.py
 IN_DOUBT = 0.35, 0.70  # P(better) between which a candidate runs once more
-NO_LOSS_AT, MARGIN = 0.80, 1.0  # P(no loss) from which a deletion is kept; so many sigma of one run are none
+NO_LOSS_AT, MARGIN = 0.90, 0.5  # P(no loss) from which a deletion is kept; so many sigma of one run are none
 RECENT = 500  # experiments, twice as many at most, are what P(better) is told from: long nights run out of ideas
+FORGIVEN = 4  # sigma by which one run may score worse and be kept all the same
 WILD = 10  # times the sigma of what was kept: a change that varies more says nothing about the others
 SURE = 0.90  # probability from which a word is said of what has become of an idea from elsewhere
 
@@ -236,7 +237,7 @@ def hopeless(experiments: list[Experiment]) -> float | None:
     if not best:
         return None
     sigma = noise(experiments)[0]
-    room = effects(experiments).most + (4 * MARGIN * sigma if sigma > 0 else 0.0)
+    room = effects(experiments).most + (FORGIVEN * sigma if sigma > 0 else 0.0)
     return max(filter(None, [*all_scores(best), level(experiments)])) + room
 
 
@@ -250,7 +251,7 @@ def decide(history: tuple[Scores, ...], candidate: Scores, deletes=False) -> tup
         return "keep", reason
     if deletes:
         no_loss = probability_of_no_loss(history, candidate, MARGIN)
-        reason = f"it only deletes, P(not worse by more than a run varies) {percent(no_loss)}"
+        reason = f"it only deletes, P(not worse by more than half of what a run varies) {percent(no_loss)}"
         if IN_DOUBT[0] <= no_loss < NO_LOSS_AT and candidate.runs < MAX_RUNS:
             return "again", reason
         return "keep" if no_loss >= NO_LOSS_AT else "discard", reason
