@@ -70,7 +70,8 @@ class Findings:
         if self.best is self.baseline:
             return f"val_bpb: baseline {self.baseline.val_bpb:.6f}, and nothing better was kept"
         scores = f"baseline {self.baseline.val_bpb:.6f} -> best {self.best.val_bpb:.6f}"
-        runs = ", by the runs that compare" * (abs(self.baseline.val_bpb - self.best.val_bpb - self.gain) > 1e-6)
+        told = self.baseline.val_bpb - self.best.val_bpb
+        runs = ", by the runs that compare, under equal conditions" * (abs(told - self.gain) > 1e-6)
         word = "lower" if self.gain >= 0 else "higher, kept for what they delete"
         return f"val_bpb: {scores}, {abs(self.gain):.6f} ({abs(self.gain_percent):.2f}%) {word}{runs}"
 
