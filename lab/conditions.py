@@ -1,10 +1,11 @@
 """What the conditions of a run did to its score, found out from all runs, and taken away before scores are compared.
 
 Three of them act on all train.pys alike: the seed, which decides the order of the data, how fast the machine was, and
-how much of its CPU other programs had. What they do is told by medians, so that no single train.py can say it, taken
-for less where few runs have told it, and bounded. Nothing here is learned from what a train.py says of itself.
+how much of its CPU other programs had. What they do is told by medians that no single train.py can move far, taken for
+less where few have told it, and bounded. Nothing here is learned from what a train.py says of itself.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from lab.book import Experiment, Run, on_cpu
-from lab.runs import MOST_OTHERS, classes, same_device
+from lab.runs import MOST_OTHERS, SAME_SPEED, classes, same_device
 
 SEEDS = 2  # that the runs of a train.py have in turn
 RECENT = 40  # last runs of a stretch of the night between two keeps whose speeds are compared
-FEW = 5  # runs without a difference that are imagined besides those that tell what speed and others do
-MOST_BY_SPEED, MOST_BY_OTHERS = 0.5, 2.0  # of Effects, in bits per byte: two cores have shown 0.25 and 1
+FEW = 2  # train.pys without a difference that are imagined besides those that tell what speed and others do
+# Of Effects, in bits per byte: two cores have shown 0.03, 0.25 and 1. And what they are applied to at most.
+MOST_BY_SEED, MOST_BY_SPEED, MOST_BY_OTHERS = 0.1, 0.5, 2.0
+MOST_FASTER, MOST_SHARE = -math.log(SAME_SPEED), 2 * MOST_OTHERS  # logarithm of a speed over the usual; share of others
 
 
 class Effects(NamedTuple):
@@ -36,27 +39,36 @@ class Effects(NamedTuple):
     def shift_of_machine(self, run: Run) -> float:
         """The same without the seed's part; what is not known has done nothing."""
         usual = self.usual.get(run.device)
-        by_speed = self.speed * math.log(run.pace / usual) if run.pace and usual else 0.0
-        return by_speed + self.others * (run.others or 0.0) * on_cpu(run.device)
+        faster = math.log(run.pace / usual) if run.pace and usual else 0.0
+        by_speed = self.speed * within(-MOST_FASTER, faster, MOST_FASTER)
+        return by_speed + self.others * min(run.others or 0.0, MOST_SHARE) * on_cpu(run.device)
 
     @property
     def most(self) -> float:
         """What they add at most to the score of a run that is compared with others."""
-        return max(0.0, self.seed) - self.speed * math.log(2) + self.others * 2 * MOST_OTHERS
+        return max(0.0, self.seed) - self.speed * MOST_FASTER + self.others * MOST_SHARE
 
 
 def effects(experiments: list[Experiment]) -> Effects:
-    """What the conditions have done to the scores of a tag, by all its experiments in order."""
+    """What the conditions have done to the scores of a tag, by all its experiments in order.
+
+    Nothing where none has run twice: one who does not ask how much a run varies takes scores as they were measured.
+    """
+    if all(len(each.runs) < 2 for each in experiments):
+        return Effects()
     usual = {}
     for run in itertools.chain.from_iterable(each.runs for each in experiments):
         if run.pace:
             usual.setdefault(run.device, run.pace)
-    runs = stretches(experiments)
+    told = stretches(experiments)
     known = Effects(usual=usual)
-    known = known._replace(speed=within(-MOST_BY_SPEED, slope(runs, lambda run: math.log(run.pace), known), 0.0))
-    known = known._replace(others=within(0.0, slope(runs, lambda run: run.others or 0.0, known), MOST_BY_OTHERS))
-    gaps = seed_gaps(experiments, known)  # a single one may be noise alone
-    return known._replace(seed=statistics.median(gaps) * (len(gaps) - 1) / len(gaps)) if gaps else known
+    known = known._replace(speed=within(-MOST_BY_SPEED, slope(told, lambda run: math.log(run.pace), known), 0.0))
+    known = known._replace(others=within(0.0, slope(told, lambda run: run.others or 0.0, known), MOST_BY_OTHERS))
+    gaps = sorted(seed_gaps(experiments, known))
+    if len(gaps) < 2:  # it may be noise alone
+        return known
+    middle = nearer_to_zero(gaps[(len(gaps) - 1) // 2], gaps[len(gaps) // 2]) * (len(gaps) - 1) / len(gaps)
+    return known._replace(seed=within(-MOST_BY_SEED, middle, MOST_BY_SEED))
 
 
 def fair(experiments: Iterable[Experiment], known: Effects) -> list[Experiment]:
@@ -93,34 +105,47 @@ def seed_gaps(experiments: list[Experiment], known=Effects()) -> list[float]:  #
     return gaps
 
 
-def slope(told: list[list[Run]], cause: Callable[[Run], float], known: Effects) -> float:
-    """What one of `cause` adds to a score, by stretches(), freed of the effects that are known already.
+def slope(told: list[list[tuple[str, Run]]], cause: Callable[[Run], float], known: Effects) -> float:
+    """What one of `cause` adds to a score, freed of the effects that are known already.
 
     Between two keeps most ideas do little, so the slope between two of their runs is the machine's, but for noise; the
     median of those of all pairs, each with the weight of the difference of their causes (Theil and Sen), stands that.
+    Whoever ran at an unusual moment has most of the weight: so the median has to be there without that train.py too,
+    and counts for so many train.pys as there would be if all had as much weight as that one.
     """
-    slopes, count = [], 0
+    slopes, weights = [], collections.Counter()
     for runs in told:
-        count += len(runs) - 1
-        points = [(cause(run), run.measured - known.shift_of_machine(run)) for run in runs]
-        for (x, y), (other_x, other_y) in itertools.combinations(points, 2):
+        points = [(commit, cause(run), run.measured - known.shift_of_machine(run)) for commit, run in runs]
+        for (commit, x, y), (other, other_x, other_y) in itertools.combinations(points, 2):
             if x != other_x:
-                slopes.append(((y - other_y) / (x - other_x), abs(x - other_x)))
-    return weighted_median(slopes) * count / (count + FEW)
+                slopes.append(((y - other_y) / (x - other_x), abs(x - other_x), {commit, other}))
+                weights.update(dict.fromkeys({commit, other}, abs(x - other_x)))
+    if not slopes:
+        return 0.0
+    ((heaviest, weight),) = weights.most_common(1)
+    without = [(value, each) for value, each, commits in slopes if heaviest not in commits]
+    found = nearer_to_zero(weighted_median(without), weighted_median([each[:2] for each in slopes]))
+    count = sum(each for _, each, _ in slopes) / weight
+    return found * count / (count + FEW)
 
 
-def stretches(experiments: list[Experiment]) -> list[list[Run]]:
-    """The last runs on a CPU of each stretch of the night from one keep to the next, of one device and seed each."""
+def stretches(experiments: list[Experiment]) -> list[list[tuple[str, Run]]]:
+    """[(commit, run)] on a CPU of each stretch of the night from one keep to the next, of one device and seed each."""
     found, here = [], []
     for experiment in experiments:
         here = [] if experiment.status == "keep" else here  # none of another best
         for run in (run for run in experiment.runs if run.pace):
-            alike = next((each for each in here if same_device(each[0], run) and each[0].seed == run.seed), None)
+            alike = next((e for e in here if same_device(e[0][1], run) and e[0][1].seed == run.seed), None)
             if alike is None:
                 here.append(alike := [])
                 found.append(alike)
-            alike.append(run)
+            alike.append((experiment.commit, run))
     return [runs[-RECENT:] for runs in found]
+
+
+def nearer_to_zero(a: float, b: float) -> float:
+    """The smaller of two values in size; zero where they have different signs."""
+    return 0.0 if a * b <= 0 else min(a, b, key=abs)
 
 
 def within(least: float, value: float, most: float) -> float:
