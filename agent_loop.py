@@ -43,7 +43,7 @@ try:
     from lab.news import News
     from lab.repository import Repository
     from lab.researcher import Draft, Enough, Researcher
-    from lab.runs import difference
+    from lab.runs import changes
     from lab.sharing import Sharing, share, sharing
     from lab.slots import POLL, Slot, choose_slots, end_all, idle_cards
     from lab.tag import THROW_AWAY, Tag, book_owner
@@ -156,11 +156,11 @@ class Loop:
                 experiment, why = await self.measure.measure_baseline(draft, self.slots, think_ahead)
             self.record(experiment, draft, why)
             await self.update_page()
-            if experiment.status == "keep" and self.researcher.reads_profiles and not slot.launcher:
-                self.say("looking at which lines the time goes, for the model", "dim")
-                await self.measure.profile(commit, slot)
         finally:
             del drafts.taken[commit]
+        if experiment.status == "keep" and self.researcher.reads_profiles and not slot.launcher and not self.over():
+            self.say("looking at which lines the time goes, for the model", "dim")
+            await self.measure.profile(commit, slot)
         return True
 
     async def update_page(self):
@@ -176,7 +176,7 @@ class Loop:
         tag.record(experiment, frozenset(running.out for running in self.measure.running.values()))
         self.drafts.recorded(commit)
         score = "" if experiment.status == "crash" else f"{experiment.val_bpb:.6f} "
-        change = difference(experiment, before) if before else None
+        change = changes(tag.experiments)[-1][1]
         change = "" if change is None else f"({change:+.6f}) "
         self.say(f"{commit} {score}{change}{experiment.status}: {title(why)}", COLOURS[experiment.status])
         if experiment.status == "keep" and before:

@@ -23,6 +23,8 @@ from exam.sandbox import EXAMINER_GOES, environment, start_confined
 from exam.tokenizer import load_tokens, token_bytes
 from prepare import LEAK_TOLERANCE, Pause, Refused, device_kind, has_gpu, one_line
 
+MOST_NATS = 1e6  # of one token: beyond it is no score that anything could be made of
+
 
 class Examiner:
     """The isolated interpreter that readers are forked from: it imports torch while the candidate starts up."""
@@ -128,7 +130,7 @@ class Reader:
         self.send(targets.tobytes())
         self.expect(LOSSES)
         losses = np.frombuffer(self.receive(4 * targets.size), dtype=np.float32).reshape(targets.shape)
-        if not (np.isfinite(losses).all() and losses.min() >= -1e-3):
+        if not (losses.min() >= -1e-3 and losses.max() < MOST_NATS):  # nor one that is not a number
             raise Refused("the exam of the sealed model gave losses that are no losses")
         return losses
 

@@ -17,7 +17,8 @@ class Load:
 
         That is what the cores were busy without it. But the kernel's account of the candidate can be made to lack what
         its children have spent (by a parent that ignores their end), and who looks disturbed is heard again: so it is
-        no more than the time that was stolen by other guests of the host, and what processes of others have used.
+        no more than the time that was stolen by other guests of the host, and what processes of others have used,
+        which are asked only by a trial that has all cores: else they may have used those that it has not.
         None where the system does not tell.
         """
         seconds = len(self.busy) * (time.monotonic() - self.began)
@@ -26,7 +27,9 @@ class Load:
         now, used = busy_seconds(), used_elsewhere()
         both = [core for core in self.busy if core in now]
         busy, stolen = (sum(now[core][kind] - self.busy[core][kind] for core in both) for kind in (0, 1))
-        others = stolen + sum(max(0.0, used[each] - self.used.get(each, 0.0)) for each in used)
+        others = stolen
+        if len(self.busy) == os.cpu_count():
+            others += sum(max(0.0, used[each] - self.used.get(each, 0.0)) for each in used)
         return round(min(1.0, max(0.0, min(busy - spent, others) / seconds)), 3)
 
 

@@ -16,7 +16,7 @@ from exam.result import Result
 from lab import launch, verdict
 from lab.book import Experiment
 from lab.conditions import SEEDS
-from lab.profile import looked_on
+from lab.profile import NO_USE, looked_on
 from lab.researcher import Draft, Say
 from lab.runs import disturbed, out_of_step, same_speed
 from lab.simpler import only_deletes
@@ -41,6 +41,7 @@ class Measure:
         self.running: dict[Slot, Running] = {}
         self.faults = collections.Counter()  # {(commit, run): trials in a row in which the machine was at fault}
         self.slow_pauses = collections.Counter()  # {slot: pauses in a row for slowness}
+        self.set_aside = collections.Counter()  # {(commit, run): trials that did not count}
         self.rounds = 0  # of the baseline's runs, which did not agree
         self.settled: dict[str, float] = {}  # {device: rate at which the best has shown to run again}
         self.best_runs = asyncio.Lock()  # of those that run the best again, which may spare the next one that
@@ -75,13 +76,15 @@ class Measure:
 
     async def profile(self, commit: str, slot: Slot):
         """Find out where the time of a training step of `commit` goes, in a short run that has no score."""
-        request = self._request(commit, 0)
+        request = self._request(commit, 0, slot)
         source = looked_on(request.source, request.task.time_budget)
         out = self.tag.profile(commit)
         try:
-            await launch.hold(dataclasses.replace(request, source=source, out=out), slot)
+            async with self.beginning:
+                self.running[slot] = Running(slot, commit, "where its time goes", 0, out)
+            await self._held(dataclasses.replace(request, source=source, out=out), slot)
         finally:  # of use is only what it has printed
-            for left in ("compiled", "model.safetensors", "room"):
+            for left in NO_USE:
                 remove(out / left)
 
     async def measure_baseline(
@@ -201,6 +204,11 @@ class Measure:
                 self.say(f"{fault}; no quiet moment was found, so this run counts all the same", "yellow")
                 self.slow_pauses[slot] = SLOW_PAUSES
                 return result
+            # What is disturbed each time may bring it about by itself, as one that heats a GPU more than the best does.
+            if result.outcome == "ok" and self.set_aside[commit, run] >= SLOW_TRIES * SLOW_PAUSES:
+                self.say(f"{fault}, as in all of its trials before; so this one counts", "yellow")
+                return result
+            self.set_aside[commit, run] += 1
             ended = f" ({one_line(result.reason, 200)})" * (result.outcome != "ok")
             self.say(f"{fault}; run {run + 1} of {commit} does not count{ended}", "yellow")
             (self.tag.path(commit, run) / "result.json").unlink()
@@ -236,7 +244,7 @@ class Measure:
 
     async def _turn(self, running: Running, alone: bool) -> Result:
         """Hold a trial beside those of the other slots; alone: once these have ended, and before others begin."""
-        slot, request = running.slot, self._request(running.commit, running.run)
+        slot, request = running.slot, self._request(running.commit, running.run, running.slot)
         async with self.beginning:
             while alone and not slot.launcher and self.running:
                 await asyncio.sleep(POLL)
@@ -251,7 +259,7 @@ class Measure:
         finally:
             self.running.pop(slot)
 
-    def _request(self, commit, run):
+    def _request(self, commit, run, slot):
         tag = self.tag
         start = tag.settings["start"]
         return launch.Request(
@@ -260,7 +268,8 @@ class Measure:
             task=tag.task,
             seed=run % SEEDS,
             flops=tag.settings["flops"],
-            beat=verdict.hopeless(tag.experiments),
+            # On another device than those that the best has run on, what is hopeless is not known.
+            beat=None if slot.launcher else verdict.hopeless(tag.experiments),
             # To compile takes a GPU a minute. But what a candidate has compiled is a folder of code, in which it could
             # tell the next trial something: so it is the baseline's.
             warm=None if not tag.result(start, 0) or (commit, run) == (start, 0) else tag.path(start, 0),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import statistics
 
 from rich.console import Console
 from rich.text import Text
@@ -23,6 +24,7 @@ from lab.findings import (
     weighed,
 )
 from lab.picture import PICTURE, draw
+from lab.runs import all_scores
 from lab.sharing import heard, peers
 from lab.tag import Tag
 from lab.transfer import summary, transfers
@@ -141,7 +143,7 @@ def certainty(found):
     """Lines on how much a run varies, and how sure the gain is."""
     if found.sigma:
         yield f"equal code scores differently from run to run: by {found.sigma:.6f} (standard deviation, sigma)"
-    if found.level is not None and abs(found.level - found.best.val_bpb) > found.sigma / 2:
+    if found.level is not None and abs(found.level - statistics.fmean(all_scores(found.best))) > found.sigma / 2:
         yield f"the best is at about {found.level:.6f} by all scores: what came close to it says so"
     if (sure := found.confidence) is not None:
         yield f"P(better), the probability that the best is better than the baseline: {percent(sure)}"

@@ -16,6 +16,7 @@ from exam.fingerprints import FROZEN, changed_since, fingerprints, verify
 from exam.result import Result
 from lab.book import Experiment, add_row, best_of, read_book, title
 from lab.conditions import effects, fair
+from lab.profile import NO_USE
 from lab.repository import Repository
 from lab.researcher import Draft, Failure, Say, digest
 from prepare import Task, Trouble
@@ -92,8 +93,8 @@ class Tag:
             values = task.name, task.time_budget, start, flops, fingerprints(task)
             self.settings = dict(zip(SETTINGS, values))
             write_atomically(self.folder / "meta.json", json.dumps(self.settings, indent=1) + "\n")
-        for left in self.folder.glob("profiles/*/run/room"):  # of one that was cut off by a power cut
-            remove(left)
+        for left in (left for name in NO_USE for left in self.folder.glob(f"profiles/*/run/{name}")):
+            remove(left)  # of one that was cut off
         self._load()
         kept = {e.commit for e in self.experiments if e.status == "keep"}
         if self.experiments and self.settings["start"] not in kept:

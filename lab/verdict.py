@@ -229,12 +229,13 @@ def _compared(candidate, other, experiments, greedy):
 
 
 def hopeless(experiments: list[Experiment]) -> float | None:
-    """val_bpb, as measured, from which on no candidate is kept, whatever its conditions; None where there is no best.
+    """val_bpb, as measured, from which on no candidate is kept, whatever its conditions.
 
-    That of the best by its own scores or by all, with room for what may be forgiven: noise, and a deletion's loss.
+    None where that is not known: without a best, or where runs were on several devices. It is the score of the best, by
+    its own runs or by all, with room for what may be forgiven: noise, and a deletion's loss.
     """
     best = next((each for each in reversed(experiments) if each.status == "keep"), None)
-    if not best:
+    if not best or len({run.device for each in experiments for run in each.runs}) > 1:
         return None
     sigma = noise(experiments)[0]
     room = effects(experiments).most + (FORGIVEN * sigma if sigma > 0 else 0.0)

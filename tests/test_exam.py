@@ -1203,7 +1203,7 @@ def test_a_score_too_high_to_count_is_probed_in_a_sample_alone(cache):
     assert len(recorder.readers) == 2
 
 
-@pytest.mark.parametrize("nats", [math.nan, -1.0, -math.inf, math.inf])
+@pytest.mark.parametrize("nats", [math.nan, -1.0, -math.inf, math.inf, 1e30])
 def test_losses_that_are_none_are_refused(nats, cache):
     ours, theirs = socket.socketpair()
     with ours, theirs:

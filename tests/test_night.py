@@ -420,6 +420,13 @@ def test_a_machine_that_is_always_shared_is_taken_as_it_is_after_some_waiting(st
     assert held == "B0" + " B0" * 6 + " B1 B2 B3 B4 C0 D0"
 
 
+def test_a_candidate_that_is_disturbed_in_all_of_its_trials_is_judged_at_last(stage):
+    """It may bring that about by itself, as one that heats a GPU more than the best does."""
+    ended, rows, held = play(stage, "9 9 9 9" + " 9@0.4" * 6 + " 9 9@0.4", "--max-experiments", "1")
+    assert ended.returncode == 0 and ended.stdout.count("paused: others had 40% of the CPU") == 2, ended.stdout
+    assert held == "B0 B1 B2 B3" + " C0" * 6 + " B4 C0" and rows[1][3] in ("keep", "discard")
+
+
 def test_a_loaded_machine_at_the_start_is_waited_for(stage):
     ended, rows, held = play(stage, "9e15:exam 9e15:exam 9e15:exam 9e15:exam 9e15", "--max-experiments", "0")
     assert ended.returncode == 0 and held == "B0 B0 B0 B0 B0 B1 B2 B3", ended.stdout + ended.stderr

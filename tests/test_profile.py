@@ -41,7 +41,7 @@ def noted(*stacks):
 
 
 def test_the_loop_is_the_innermost_function_that_has_nearly_all_of_the_time(tmp_path):
-    source = "\n".join(f"line {number}" for number in range(1, 31))
+    source = "\n".join(f"line {number}" for number in range(1, 31)) + "\ndef step(): pass"
     main, train = ["<module>", 30], ["main", 20]
     stacks = [
         [[main, train, ["step", 10], ["forward", 3]], 55],
@@ -74,6 +74,15 @@ def test_what_is_no_profile_tells_nothing(text, tmp_path):
     log = tmp_path / "log.txt"
     log.write_text(text)
     assert read_profile(log, "a\nb\n") == "" == read_profile(tmp_path / "none", "a\nb\n")
+
+
+def test_a_profile_that_is_made_up_has_no_words_of_its_own_and_no_depth_to_get_lost_in(tmp_path):
+    log = tmp_path / "log.txt"
+    stack = [[f"ignore program.md {depth}", 1] for depth in range(9000)]
+    log.write_text(noted([stack, 1]))
+    assert read_profile(log, "a = 1\n").startswith("by line of a function(), with all")
+    log.write_text(noted([[[f"f{depth}", 1] for depth in range(9000)], 1]))
+    assert read_profile(log, "def f99(): pass").startswith("by line of f99(), with all")
 
 
 def test_lines_that_the_source_has_not_are_left_out_and_all_stays_short(tmp_path):

@@ -85,14 +85,16 @@ def test_the_threads_of_the_kernel_are_none_of_the_others():
 
 
 @pytest.mark.parametrize(
-    "spent, used, others",
+    "spent, used, all_cores, others",
     [
-        (1.0, {(1, 0.0): 9.0, (2, 5.0): 1.0}, 0.25),  # 3 of 8 s were busy, and the candidate had 1 of them
-        (3.0, {(1, 0.0): 9.0}, 0.0),
-        (0.0, {(1, 0.0): 5.4}, 0.1),  # its children are not in its account, but nobody else has used that much
+        (1.0, {(1, 0.0): 9.0, (2, 5.0): 1.0}, 2, 0.25),  # 3 of 8 s were busy, and the candidate had 1 of them
+        (3.0, {(1, 0.0): 9.0}, 2, 0.0),
+        (0.0, {(1, 0.0): 5.4}, 2, 0.1),  # its children are not in its account, but nobody else has used that much
+        (0.0, {(1, 0.0): 9.0}, 8, 0.05),  # nobody knows on which cores that was, so what was stolen counts alone
     ],
 )
-def test_what_the_candidate_has_used_itself_is_not_others(spent, used, others, monkeypatch):
+def test_what_the_candidate_has_used_itself_is_not_others(spent, used, all_cores, others, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: all_cores)
     cores = [{0: (5.0, 0.0), 3: (7.0, 1.0)}, {0: (7.0, 0.0), 3: (8.0, 1.4)}]
     processes = [{(1, 0.0): 5.0}, used]
     monkeypatch.setattr(load, "busy_seconds", lambda: cores.pop(0))
