@@ -228,4 +228,4 @@ def examine(path, task, folder, beat=None, examiner=None, deadline=None):
             raise Refused(f"the model is not deterministic: the same tokens gave losses that differ by {noise:.2g}")
         raise Refused(f"the model is not causal: tokens that come later moved the losses of earlier ones by {leak:.2g}")
     seconds = round(time.monotonic() - started, 3)
-    return {"outcome": "ok", "val_bpb": val_bpb, "eval_seconds": seconds, "leak": leak}
+    return {"outcome": "ok", "val_bpb": val_bpb, "eval_seconds": seconds, "leak": leak, "beat": beat}

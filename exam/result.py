@@ -19,8 +19,8 @@ class Result:
     multiplied right after the training, and cpu_rate as numpy did then or after the exam, whichever was more; others is
     the share of the CPU cores' time that others had during it, gpu_others that of an NVIDIA card, gpu_held_back the
     share of the time in which heat or the power supply held that back; leak is the largest change of a loss by later
-    tokens. host and cores: the name of the machine that held it, and on how many CPU cores. sha256: {file: digest} of
-    what decides a score.
+    tokens, which from a score of beat on was looked for in some rows alone. host and cores: the name of the machine
+    that held it, and on how many CPU cores. sha256: {file: digest} of what decides a score.
     """
 
     outcome: str
@@ -43,6 +43,7 @@ class Result:
     peak_rss_mb: float = 0.0
     peak_vram_mb: float | None = None
     leak: float | None = None
+    beat: float | None = None
     device: str | None = None
     matmul_flops: float | None = None
     host: str = ""

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from lab.book import Experiment, Run, on_cpu
+from lab.book import Experiment, Run
 from lab.runs import classes, same_device
 
 SEEDS = 2  # that the runs of a train.py have in turn
@@ -41,7 +41,7 @@ class Effects(NamedTuple):
         usual = self.usual.get(run.device)
         faster = math.log(run.pace / usual) if run.pace and usual else 0.0
         by_speed = self.speed * within(-MOST_FASTER, faster, MOST_FASTER)
-        return by_speed + self.others * min(run.others or 0.0, MOST_SHARE) * on_cpu(run.device)
+        return by_speed + self.others * min(run.others or 0.0, MOST_SHARE) * bool(run.pace)
 
     @property
     def most(self) -> float:

@@ -7,6 +7,7 @@ import asyncio
 import collections
 import dataclasses
 import itertools
+import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Measure:
         self.faults = collections.Counter()  # {(commit, run): trials in a row in which the machine was at fault}
         self.slow_pauses = collections.Counter()  # {slot: pauses in a row for slowness}
         self.set_aside = collections.Counter()  # {(commit, run): trials that did not count}
+        self.closely: set[tuple[str, int]] = set()  # (commit, run) whose exam is to look closely at any score
         self.rounds = 0  # of the baseline's runs, which did not agree
         self.settled: dict[str, float] = {}  # {device: rate at which the best has shown to run again}
         self.best_runs = asyncio.Lock()  # of those that run the best again, which may spare the next one that
@@ -69,6 +71,9 @@ class Measure:
                     tries += 1
                     compared = best if tries >= (CLASS_TRIES if slot.launcher else 1) else None
                 ruling = self._judge(experiment, compared, draft)
+            if ruling.decision == "keep" and self._too_little_looked_at(commit):
+                self.say(f"{commit} scored what seemed hopeless at first; its exam has to look closer", "yellow")
+                return await self.measure(commit, draft, slot)
             if ruling.decision != "again":
                 return _finished(experiment, ruling)
             if ruling.unusual:
@@ -141,6 +146,19 @@ class Measure:
         self.say(f"{said}: others disturb it; running again what fell behind", "yellow")
         return True
 
+    def _too_little_looked_at(self, commit) -> bool:
+        """Whether runs of a candidate are to be held again, since their exam looked less closely than a keep asks for.
+
+        What was hopeless when a run began may have become good: on a machine on which the best has run only since.
+        """
+        runs = [
+            run for run, result in enumerate(self.tag.results(commit)) if result.val_bpb >= (result.beat or math.inf)
+        ]
+        self.closely |= {(commit, run) for run in runs}
+        for run in runs:
+            (self.tag.path(commit, run) / "result.json").unlink()
+        return bool(runs)
+
     def _judge(self, experiment, compared, draft):
         tag, best = self.tag, self.tag.best
         # A stranger's deletion has to be better, like anything of theirs.
@@ -193,7 +211,7 @@ class Measure:
         """
         for left in reversed(range(SLOW_TRIES)):
             result = self.tag.result(commit, run) or await self._hold(commit, run, description, slot)
-            fault = self._slowness(commit, result) or self._disturbance(commit, result)
+            fault = self._slowness(commit, result) or self._disturbance(commit, run, result)
             if not fault:
                 self.slow_pauses[slot] = 0
                 return result
@@ -269,7 +287,7 @@ class Measure:
             seed=run % SEEDS,
             flops=tag.settings["flops"],
             # On another device than those that the best has run on, what is hopeless is not known.
-            beat=None if slot.launcher else verdict.hopeless(tag.experiments),
+            beat=None if slot.launcher or (commit, run) in self.closely else verdict.hopeless(tag.experiments),
             # To compile takes a GPU a minute. But what a candidate has compiled is a folder of code, in which it could
             # tell the next trial something: so it is the baseline's.
             warm=None if not tag.result(start, 0) or (commit, run) == (start, 0) else tag.path(start, 0),
@@ -323,7 +341,7 @@ class Measure:
             return None
         return f"the machine multiplies matrices at {speed / 1e12:.3g} TFLOP/s, and had {usual / 1e12:.3g}"
 
-    def _disturbance(self, commit, result):
+    def _disturbance(self, commit, run, result):
         """What others did to a trial of `commit` that went well or lacked time, in words; else None."""
         late = result.outcome == "timeout" or self._late(result)
         if result.outcome != "ok" and not late:
@@ -334,7 +352,8 @@ class Measure:
         if self._late(result) and not best:
             return "the machine is too slow or too busy for the exam"
         runs = [*best.runs, measured] if best and commit == best.commit else [measured]
-        if len(runs) - 1 in out_of_step(runs):
+        # By its own word, and so only once: a kept train.py that has told too many would have each run of it repeated.
+        if not self.set_aside[commit, run] and len(runs) - 1 in out_of_step(runs):
             most = max(each.steps or 0 for each in best.runs)
             return f"{commit} made {measured.steps:.0f} steps, and {most:.0f} before"
         return None

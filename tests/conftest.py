@@ -239,7 +239,7 @@ def trial(train_py, out, task, seed, sandbox=True, beat=None, flops=None, warm=N
     (out / "model.safetensors").write_bytes(source)
     (out / "compiled").mkdir(exist_ok=True)
     result = Result("ok", training_seconds=task.time_budget, peak_rss_mb=100.0, steps=float(steps or 9))
-    result.others = float(others) if others else None
+    result.others, result.beat = float(others) if others else None, beat
     if ended.returncode:
         reason = (ended.stderr.strip().splitlines() or ["killed"])[-1]
         result.outcome, result.reason = "invalid" if "Refused" in reason else "crash", reason

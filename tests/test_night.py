@@ -427,6 +427,30 @@ def test_a_candidate_that_is_disturbed_in_all_of_its_trials_is_judged_at_last(st
     assert held == "B0 B1 B2 B3" + " C0" * 6 + " B4 C0" and rows[1][3] in ("keep", "discard")
 
 
+def test_what_seemed_hopeless_until_the_best_had_run_at_that_speed_is_looked_at_closely_before_it_is_kept(stage):
+    """Else a candidate that sees the machine to be slow could hide a leak from the exam."""
+    with open(stage / "exam" / "trial.py", "a") as file:
+        file.write(
+            "\n\nplayed = trial\n\n\ndef trial(train_py, out, *how, **options):\n"
+            "    result = played(train_py, out, *how, **options)\n    result.val_bpb += result.matmul_flops == 5\n"
+            "    result.write(out / 'result.json')\n    return result\n"
+        )
+    git_in(stage)("commit", "-qam", "slow machines cost a bit")
+    train_py = stage / "train.py"
+    train_py.write_text(train_py.read_text().replace("WIDTH = 32", "WIDTH = 200"))  # which the search halves first
+    git_in(stage)("commit", "-qam", "wide")
+    ended, rows, held = play(stage, "9 9 9 9 5", "--max-experiments", "1")
+    assert held == "B0 B1 B2 B3 C0 C1 B4 C0" and rows[1][3] == "keep", ended.stdout + ended.stderr
+    assert "has to look closer" in ended.stdout
+    found = [json.loads(path.read_text()) for path in stage.glob(f"runs/t/{rows[1][0]}/*/result.json")]
+    assert len(found) == 1 and not any("beat" in result for result in found)
+
+
+def test_a_kept_train_py_that_tells_too_many_steps_has_its_runs_repeated_once_each(stage):
+    ended, rows, held = play(stage, "9/9999 9/9999 9/9999 9/9999 5/9", "--max-experiments", "1")
+    assert ended.returncode == 0 and held == "B0 B1 B2 B3 C0 C1 B4 B4", ended.stdout + ended.stderr
+
+
 def test_a_loaded_machine_at_the_start_is_waited_for(stage):
     ended, rows, held = play(stage, "9e15:exam 9e15:exam 9e15:exam 9e15:exam 9e15", "--max-experiments", "0")
     assert ended.returncode == 0 and held == "B0 B0 B0 B0 B0 B1 B2 B3", ended.stdout + ended.stderr
