@@ -27,7 +27,10 @@ LONGEST_WAIT = 900  # seconds between two tries: a subscription's limit is waite
 LOG_BYTES = 2**20  # of the file that keeps what commands write to standard error, the newest of it
 SAID_BYTES = 2**16  # of what one command writes there, the end of it
 POLL = 0.05  # seconds between two looks at whether a command has ended
-ANSWER = "Answer in words alone, in the form told above: nothing that you do to files is looked at."
+ANSWER = (
+    "There is no tool propose_experiment here. Answer in words alone, in the form told above for that case; the old "
+    "text of a block is what is said of old_str. Nothing that you do to files is looked at."
+)
 
 
 @dataclasses.dataclass(frozen=True)

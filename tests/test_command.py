@@ -171,8 +171,8 @@ def test_what_cannot_be_applied_goes_back_with_all_that_was_said_and_is_begun_an
     researcher = ask(f"print({bad!r} if number < 4 else GOOD)")
     assert next_draft(researcher, BRIEF).source == CHANGED
     first, second, third, anew, last = prompts(tmp_path)
-    start = first[: first.index("Answer in words alone")]
-    assert second.startswith(start) and third.startswith(second[: second.index("Answer in words alone")])
+    start = first[: first.index("There is no tool")]
+    assert second.startswith(start) and third.startswith(second[: second.index("There is no tool")])
     assert bad in second and "Edit 1: old_str does not occur" in second.split(bad)[1]
     assert third.count(bad) == 2 and bad not in anew and anew == first and bad in last
     assert "ask: no edit that can be applied" in said[0] and said[0].endswith("asking again")

@@ -94,7 +94,7 @@ def test_what_one_finds_the_others_confirm_and_the_evidence_adds_up(machine, rem
     keep_by_hand(a, remote, "LR = 0.001", "LR = 0.01", "ten times the rate")
     ((name, told),) = shared(remote).items()
     assert name.startswith("ada/t/") and told["description"] == "by hand: ten times the rate"
-    assert told["status"] == "keep" and told["base_bpb"] - told["val_bpb"] > 0.2 and told["base_runs"] == 3
+    assert told["status"] == "keep" and told["base_bpb"] - told["val_bpb"] > 0.2 and told["base_runs"] == 4
     assert told["of"] == "" and told["task"] == "tiny" and told["budget"] == 0.01 and told["sha256"]
     said = night(b, remote, "--budget", "0.02", most=6)
     assert re.search(rf"from another machine: {name}, \+0\.23\d+ \(\d+\.\d standard errors\), kept by 1 of 1", said)

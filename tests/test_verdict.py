@@ -123,22 +123,22 @@ def test_each_change_is_told_with_what_was_known_then_and_the_best_as_one_idea()
 
 
 def test_in_simulated_nights_the_rule_keeps_a_tenth_of_the_noise_and_nine_tenths_of_the_gain():
-    greedy, ours = (nights.mean(nights.WORLDS["as published"], rule, 60) for rule in (True, False))
+    greedy, ours = (nights.mean(nights.WORLDS["as published"], rule, 40) for rule in (True, False))
     assert ours[2] < greedy[2] / 10 and ours[0] > 0.85 * greedy[0]
-    gain, _, false, *_ = nights.mean(nights.WORLDS["slow at times"], False, 60)
+    gain, _, false, *_ = nights.mean(nights.WORLDS["slow at times"], False, 40)
     assert gain > 0.025 and false < 1
-    assert nights.mean(nights.WORLDS["equal code (A/A)"], False, 60)[2] < 1.2
+    assert nights.mean(nights.WORLDS["equal code (A/A)"], False, 40)[2] < 1.2
 
 
 def test_in_simulated_nights_p_better_is_what_it_says():
-    told = nights.calibration(nights.World(sigma=0.001), 120)
+    told = nights.calibration(nights.World(sigma=0.001), 80)
     for tenth in 7, 8, 9:
         keeps, share = told[tenth]
         assert keeps > 20 and abs(share - (tenth + 0.5) / 10) < 0.15
 
 
 def test_in_simulated_nights_with_several_trials_at_a_time_carrying_over_finds_half_as_much_again():
-    with_it, without = (nights_parallel.mean(Setup(12, carries=carries, endless=True), 2) for carries in (True, False))
+    with_it, without = (nights_parallel.mean(Setup(12, carries=carries, endless=True), 1) for carries in (True, False))
     assert with_it["gain"] > 1.5 * without["gain"] and with_it["carried_kept"] > 5 > without["carried"]
     assert with_it["false"] < with_it["kept"] / 8
 
