@@ -131,7 +131,7 @@ class Reader:
         self.expect(LOSSES)
         losses = np.frombuffer(self.receive(4 * targets.size), dtype=np.float32).reshape(targets.shape)
         if not (losses.min() >= -1e-3 and losses.max() < MOST_NATS):  # nor one that is not a number
-            raise Refused("the exam of the sealed model gave losses that are no losses")
+            raise Refused(f"the sealed model gave losses that are no losses, or above {MOST_NATS:,.0f} nats")
         return losses
 
 
